@@ -1,0 +1,76 @@
+"""What can go wrong, as one tree.
+
+FlatwaterError
+├── InputError              a tensor or argument that the call cannot take (also a ValueError)
+│   └── SingleValueError    one value per channel in training: no batch statistics exist
+├── StatisticsError         running statistics that are NaN, infinite or negative
+├── ConfigError             an unknown, misspelt or contradictory setting
+├── DataError               a font, corpus, image or label list that cannot be used
+├── CheckpointError         a checkpoint or model file that is missing, damaged or of another kind
+├── SurgeryError            a model that cannot be changed as asked; it is left as it was
+├── ExportError             a model that cannot be exported; nothing was written
+│   └── VerificationError   an exported form that does not compute what the model computes
+└── BackendError            a kernel or optional package that this machine lacks
+
+Every message is one line: what was wrong, the value received, what to do.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BackendError",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "ExportError",
+    "FlatwaterError",
+    "InputError",
+    "SingleValueError",
+    "StatisticsError",
+    "SurgeryError",
+    "VerificationError",
+]
+
+
+class FlatwaterError(Exception):
+    """The root: catch it to catch everything Flatwater raises on purpose."""
+
+
+class InputError(FlatwaterError, ValueError):
+    """A tensor or argument that the call cannot take."""
+
+
+class SingleValueError(InputError):
+    """One value per channel in training: the variance of a single value says nothing."""
+
+
+class StatisticsError(FlatwaterError):
+    """Running statistics that are NaN, infinite or negative."""
+
+
+class ConfigError(FlatwaterError, ValueError):
+    """An unknown, misspelt or contradictory setting."""
+
+
+class DataError(FlatwaterError):
+    """A font, corpus, image or label list that cannot be used."""
+
+
+class CheckpointError(FlatwaterError):
+    """A checkpoint or model file that is missing, damaged or of another kind."""
+
+
+class SurgeryError(FlatwaterError):
+    """A model that cannot be changed as asked; it is left as it was."""
+
+
+class ExportError(FlatwaterError):
+    """A model that cannot be exported; nothing was written."""
+
+
+class VerificationError(ExportError):
+    """An exported form that does not compute what the model computes."""
+
+
+class BackendError(FlatwaterError):
+    """A kernel or optional package that this machine lacks."""
