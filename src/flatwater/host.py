@@ -7,8 +7,8 @@ environment of the process, not in its code:
 * **glibc's allocator** hands every large block back to the kernel when it is freed, and the next
   tensor pays for fresh pages. Raising its thresholds keeps activations in the process. What it
   costs: the process does not shrink again before it ends.
-* **Threads**: one OpenMP thread per processor this process may use, not one per processor of the
-  machine (which is wrong inside a container with a CPU limit).
+* **Threads**: one OpenMP thread per processor this process may use, which inside a container with
+  a CPU limit is less than the machine has.
 * **MKL on AMD**: the MKL inside Paddle's CPU wheel (2018) takes a slow path on processors that are
   not Intel's. ``MKL_DEBUG_CPU_TYPE=5`` selects the AVX2 path. It is set on AMD processors with AVX2
   only, for nothing else needs it.
@@ -18,6 +18,7 @@ A variable that the user has set is never changed.
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import sys
@@ -81,7 +82,9 @@ def launch(command: Sequence[str]) -> NoReturn:
     try:
         os.execvpe(command[0], list(command), environment)
     except OSError as error:
-        raise BackendError(f"cannot run {command[0]!r}: {error.strerror}; check the name and its permissions") from error
+        raise BackendError(
+            f"cannot run {command[0]!r}: {error.strerror}; check the name and its permissions"
+        ) from error
 
 
 def _cpuinfo() -> str:
@@ -90,6 +93,11 @@ def _cpuinfo() -> str:
 
 
 def _processors() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    affinity = getattr(os, "sched_getaffinity", None)
+    allowed = len(affinity(0)) if affinity else (os.cpu_count() or 1)
+    quota = Path("/sys/fs/cgroup/cpu.max")  # cgroup v2: "max 100000", or microseconds per period
+    if quota.exists():
+        share, _, period = quota.read_text(encoding="ascii").partition(" ")
+        if share.isdigit() and period.strip().isdigit():
+            allowed = min(allowed, max(1, math.ceil(int(share) / int(period))))
+    return allowed

@@ -1,0 +1,146 @@
+"""The command ``flatwater``: parse, call, print. What it does stands in the modules it calls.
+
+Whatever Flatwater raises on purpose ends as one line on standard error and an exit code that is
+not 0; ``--debug`` shows the traceback instead. Heavy modules are imported by the command that
+needs them, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+import flatwater
+from flatwater import host
+from flatwater.errors import FlatwaterError
+
+__all__ = ["main"]
+
+INTERRUPTED = 130
+"""The exit code of a run that Ctrl-C ended, as shells count it: 128 + SIGINT."""
+
+
+def main() -> NoReturn:
+    """Run the command line and exit."""
+    arguments = sys.argv[1:]
+    # --debug is understood wherever it stands, so that it can simply be added to a command that failed.
+    own = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    debug = "--debug" in own
+    if debug:
+        arguments.remove("--debug")
+    sys.exit(_run(arguments, debug=debug))
+
+
+def _run(arguments: list[str], *, debug: bool) -> int:
+    try:
+        code = flatwater_command.main(arguments, prog_name="flatwater", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        _complain("interrupted")
+        return INTERRUPTED
+    except Exception as error:
+        if debug:
+            raise
+        _complain(_one_line(error))
+        return 1
+    return code if isinstance(code, int) else 0
+
+
+def _one_line(error: Exception) -> str:
+    message = " ".join(str(error).split())
+    if isinstance(error, FlatwaterError):
+        return message
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror or message}; check the path, its permissions and the free space"
+    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("flatwater"):
+        return f"this command needs the package {error.name}; pip install 'flatwater[ocr]' brings all that it needs"
+    return f"{type(error).__name__}: {message} (a fault in Flatwater or below it; --debug shows where)"
+
+
+def _complain(message: str) -> None:
+    print(f"flatwater: {message}", file=sys.stderr)
+
+
+@click.group("flatwater", context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(flatwater.__version__, message="flatwater %(version)s")
+@click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks; may stand after a command too.")
+def flatwater_command() -> None:
+    """Batch normalization you can trust, from the first training step to the deployed model."""
+
+
+@flatwater_command.command("host")
+def host_command() -> None:
+    """Print what this host needs to train fast, and what is already set."""
+    table = Table("variable", "value", "state", "why")
+    for setting in host.settings():
+        present = os.environ.get(setting.variable)
+        state = "not set" if present is None else "set" if present == setting.value else f"yours: {present}"
+        table.add_row(setting.variable, setting.value, state, setting.reason)
+    console = Console()
+    console.print(table)
+    console.print("`flatwater run -- COMMAND` runs a command with these; what you have set yourself is kept.")
+
+
+@flatwater_command.command("run", context_settings={"ignore_unknown_options": True})
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+def run_command(command: tuple[str, ...]) -> None:
+    """Run COMMAND in the environment this host needs: flatwater run -- python train.py."""
+    for setting in host.missing(os.environ):
+        _complain(f"{setting.variable}={setting.value} ({setting.reason})")
+    host.launch(command)
+
+
+@flatwater_command.group("ocr")
+def ocr_group() -> None:
+    """Chinese text lines, from fonts to a deployed recogniser: the worked example."""
+
+
+@ocr_group.command("train")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--config", type=click.Path(path_type=Path), help="A YAML file; what it leaves out keeps its default.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path("runs/ocr"),
+    show_default=True,
+    help="The folder for everything the run leaves behind.",
+)
+@click.option("--resume", is_flag=True, help="Go on from the folder's last checkpoint.")
+def train_command(overrides: tuple[str, ...], config: Path | None, output: Path, resume: bool) -> int:
+    """Render lines, train, evaluate, fold, export, verify, read samples, and write a report.
+
+    KEY=VALUE settings go over those of the file, for instance norm.momentum=0.95.
+    """
+    if host.missing(os.environ):
+        # The allocator and MKL read their settings when a process starts: so start it again, once.
+        host.launch([sys.executable, "-m", "flatwater", *sys.argv[1:]])
+
+    from flatwater.recipes.ocr.job import run
+
+    return 0 if run(config, overrides, output, resume=resume) else INTERRUPTED
+
+
+@ocr_group.command("read")
+@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="IMAGE...")
+@click.option("--model", required=True, type=click.Path(path_type=Path), help="A run's folder, or its model folder.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
+def read_command(images: tuple[Path, ...], model: Path, as_json: bool) -> None:
+    """Read pictures of one text line each with an exported model; needs no training code and no framework."""
+    from flatwater.recipes.ocr.read import Reader
+
+    for reading in Reader(model).read(images):
+        if as_json:
+            record = {"path": str(reading.path), "text": reading.text, "confidence": round(reading.confidence, 4)}
+            print(json.dumps(record, ensure_ascii=False))
+        else:
+            print(f"{reading.path}\t{reading.text}\t{reading.confidence:.3f}")

@@ -1,0 +1,74 @@
+"""The command line as a user meets it: exit codes, one-line errors, no traceback unless asked."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import flatwater
+from flatwater import host
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "flatwater", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, timeout=120)
+
+
+def test_version() -> None:
+    result = run("--version")
+    assert (result.returncode, result.stdout) == (0, f"flatwater {flatwater.__version__}\n")
+
+
+def test_help_imports_no_framework() -> None:
+    code = (
+        "import sys\nfrom flatwater import cli\nsys.argv = ['flatwater', 'ocr', '--help']\n"
+        "try:\n    cli.main()\nexcept SystemExit as end:\n    assert end.code == 0\n"
+        "assert not {'paddle', 'onnxruntime', 'matplotlib'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_host_names_every_setting() -> None:
+    result = run("host", COLUMNS="160")
+    assert result.returncode == 0
+    for setting in host.settings():
+        assert setting.variable in result.stdout
+
+
+def test_run_passes_the_commands_own_options_and_exit_code_through() -> None:
+    result = run("run", "--", sys.executable, "-c", "import sys; sys.exit(len(sys.argv) + 40)", "--debug", "-x")
+    assert result.returncode == 43
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["ocr", "train", "--outptu", "x"], "--outptu"),
+        (["ocr", "read", "--model", "x"], "IMAGE"),
+        (["ocr", "train", "--config", "{missing}.yaml"], "{missing}.yaml"),
+        (["ocr", "train", "--output", "{missing}", "norm.momentun=0.9"], "momentun"),
+        (["ocr", "train", "--output", "{missing}", "seed"], "seed"),
+        (["ocr", "train", "--output", "{missing}", "--resume"], "{missing}"),
+        (["ocr", "read", "{missing}.png", "--model", "{missing}"], "{missing}"),
+        (["run", "--", "{missing}"], "{missing}"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_is_one_line_that_names_it(arguments: list[str], named: str, tmp_path: Path) -> None:
+    missing = str(tmp_path / "nowhere")
+    settings = {setting.variable: setting.value for setting in host.settings()}
+    result = run(*[argument.format(missing=missing) for argument in arguments], **settings)
+    assert result.returncode not in (0, 130)
+    assert "Traceback" not in result.stderr
+    assert named.format(missing=missing) in result.stderr.splitlines()[-1]
+    assert not list(tmp_path.iterdir()), "a mistake leaves nothing behind"
+
+
+def test_debug_shows_the_traceback_wherever_it_stands(tmp_path: Path) -> None:
+    result = run("ocr", "read", str(tmp_path / "x.png"), "--model", str(tmp_path / "nowhere"), "--debug")
+    assert result.returncode == 1
+    assert "Traceback" in result.stderr
