@@ -1,0 +1,58 @@
+// The fused activations and their derivatives. At a kink the derivative is the one that Paddle
+// takes: relu'(0) = 0, relu6' = 1 strictly inside (0, 6), leaky_relu' = 0.01 for z <= 0,
+// hardswish' = 0 for z <= -3 and 1 for z >= 3. NaN stays NaN, so every comparison is written
+// such that it is false for NaN where the value is kept.
+#pragma once
+
+#include "simd.h"
+
+namespace flatwater::FLATWATER_ISA {
+
+constexpr double leaky_slope = 0.01;
+
+template <class V>
+inline V sigmoid(const V &z) {
+    using T = typename Lanes<V>::scalar;
+    const V limit = splat<V>(sizeof(T) == 4 ? T(87) : T(700));
+    const V inside = z > limit ? limit : (z < -limit ? -limit : z);
+    return T(1) / (T(1) + exp_of<V>(-inside));
+}
+
+template <Activation A, class V>
+inline V activate(const V &z) {
+    using T = typename Lanes<V>::scalar;
+    const V zero = splat<V>(0);
+    if constexpr (A == Activation::relu) return z < zero ? zero : z;
+    if constexpr (A == Activation::relu6) {
+        const V six = splat<V>(6);
+        return z < zero ? zero : (z > six ? six : z);
+    }
+    if constexpr (A == Activation::leaky_relu) return z > zero ? z : V(z * T(leaky_slope));
+    if constexpr (A == Activation::hardswish) {
+        const V gate = z + T(3), six = splat<V>(6);
+        return z * (gate < zero ? zero : (gate > six ? six : gate)) * T(1.0 / 6);
+    }
+    if constexpr (A == Activation::swish) return z * sigmoid<V>(z);
+    return z;
+}
+
+// dz = dy · act'(z)
+template <Activation A, class V>
+inline V activation_gradient(const V &z, const V &dy) {
+    using T = typename Lanes<V>::scalar;
+    const V zero = splat<V>(0);
+    if constexpr (A == Activation::relu) return z > zero ? dy : zero;
+    if constexpr (A == Activation::relu6) return z > zero ? (z < splat<V>(6) ? dy : zero) : zero;
+    if constexpr (A == Activation::leaky_relu) return z > zero ? dy : V(dy * T(leaky_slope));
+    if constexpr (A == Activation::hardswish) {
+        const V three = splat<V>(3), middle = dy * (z * T(1.0 / 3) + T(0.5));
+        return z <= -three ? zero : (z >= three ? dy : middle);
+    }
+    if constexpr (A == Activation::swish) {
+        const V s = sigmoid<V>(z);
+        return dy * (s + z * s * (T(1) - s));
+    }
+    return dy;
+}
+
+}  // namespace flatwater::FLATWATER_ISA

@@ -1,0 +1,34 @@
+#include <cstring>
+
+#include "problem.h"
+
+namespace flatwater {
+
+namespace baseline {
+extern const Kernels kernels;
+}
+#ifdef FLATWATER_X86
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace avx512 {
+extern const Kernels kernels;
+}
+#endif
+
+const Kernels *choose_kernels(const char *forced) {
+    const auto wanted = [forced](const Kernels &kernels) {
+        return !forced || !*forced || std::strcmp(forced, kernels.isa) == 0;
+    };
+#ifdef FLATWATER_X86
+    __builtin_cpu_init();
+    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (has_avx512 && wanted(avx512::kernels)) return &avx512::kernels;
+    if (has_avx2 && wanted(avx2::kernels)) return &avx2::kernels;
+#endif
+    return wanted(baseline::kernels) ? &baseline::kernels : nullptr;
+}
+
+}  // namespace flatwater

@@ -1,0 +1,62 @@
+// What a kernel is asked to do, in plain data. Nothing here knows Python or a framework.
+#pragma once
+
+#include <cstdint>
+
+namespace flatwater {
+
+using index = std::int64_t;
+
+enum class DType { f32, f64, bf16, f16 };
+enum class Activation { none, relu, relu6, leaky_relu, hardswish, swish };
+
+// A tensor is (outer, channels, inner): samples, channels, and all spatial dimensions as one.
+// channels_last says that memory holds it as (outer, inner, channels).
+struct Shape {
+    index outer, channels, inner;
+    bool channels_last;
+    index elements() const { return outer * channels * inner; }
+};
+
+// One call. Pointers to tensors are borrowed and share dtype and shape; those that a call does
+// not use are null. Statistics and sums are double whatever the tensors are:
+//     batch norm  mean, m2, inv_std, sum_dz, sum_dz_xhat [channels]
+//     group norm  mean, m2, inv_std [outer * groups], sum_dz, sum_dz_xhat [channels]
+// with m2 = Σ(x - mean)², z = γ·x̂ + β + residual, y = act(z), dz = dy·act'(z).
+struct Problem {
+    DType dtype;
+    Shape shape;
+    Activation activation;
+    const void *x, *residual, *dy;
+    void *y, *dx, *dresidual;
+    const double *weight, *bias;  // null: γ = 1, β = 0
+    index groups;
+    double epsilon;
+    double *mean, *m2, *inv_std, *sum_dz, *sum_dz_xhat;
+    index count;  // values per channel behind the statistics; 0 says that they are constants
+};
+
+// The kernels of one instruction set.
+struct Kernels {
+    const char *isa;
+    void (*batch_statistics)(const Problem &);
+    void (*batch_normalize)(const Problem &);
+    void (*batch_norm_forward)(const Problem &);
+    void (*batch_gradient_sums)(const Problem &);
+    void (*batch_input_gradient)(const Problem &);
+    void (*batch_norm_backward)(const Problem &);
+    void (*group_statistics)(const Problem &);
+    void (*group_normalize)(const Problem &);
+    void (*group_norm_forward)(const Problem &);
+    void (*group_norm_backward)(const Problem &);
+};
+
+// The best that this processor runs, or the one that `forced` names; null if it cannot run that.
+const Kernels *choose_kernels(const char *forced);
+
+// moving = momentum * moving + (1 - momentum) * batch, in place; T is float or double.
+template <class T>
+void update_running(T *running_mean, T *running_variance, const double *mean, const double *m2, index channels,
+                    index count, double momentum, bool unbiased);
+
+}  // namespace flatwater

@@ -1,0 +1,177 @@
+// Vectors of the width this file is compiled for, and how elements of each dtype reach them.
+//
+// Everything is written once, as templates over V: a vector for the body of a loop, a scalar for
+// its tail. Nothing from the standard library's headers is instantiated here: an inline function
+// compiled for AVX-512 could otherwise be the copy that the linker keeps for everybody.
+#pragma once
+
+#include "problem.h"
+
+namespace flatwater::FLATWATER_ISA {
+
+#if defined(__AVX512F__)
+constexpr int vector_bytes = 64;
+#elif defined(__AVX2__)
+constexpr int vector_bytes = 32;
+#else
+constexpr int vector_bytes = 16;
+#endif
+
+template <class T, int bytes = vector_bytes>
+struct VectorOf {
+    typedef T type __attribute__((vector_size(bytes)));
+};
+using vfloat = VectorOf<float>::type;
+using vdouble = VectorOf<double>::type;
+
+template <class V>
+struct Lanes;  // scalar: the type of one lane; bits: the integers of its width; count: how many
+template <>
+struct Lanes<float> {
+    using scalar = float;
+    using bits = std::int32_t;
+    static constexpr int count = 1;
+};
+template <>
+struct Lanes<double> {
+    using scalar = double;
+    using bits = std::int64_t;
+    static constexpr int count = 1;
+};
+template <>
+struct Lanes<vfloat> {
+    using scalar = float;
+    using bits = VectorOf<std::int32_t>::type;
+    static constexpr int count = vector_bytes / 4;
+};
+template <>
+struct Lanes<vdouble> {
+    using scalar = double;
+    using bits = VectorOf<std::int64_t>::type;
+    static constexpr int count = vector_bytes / 8;
+};
+
+template <class To, class From>
+inline To bit_cast(const From &from) {
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    __builtin_memcpy(&to, &from, sizeof to);
+    return to;
+}
+
+template <class V>
+inline V splat(typename Lanes<V>::scalar value) {
+    return V{} + value;
+}
+
+template <class V>
+inline double sum_of_lanes(const V &v) {
+    if constexpr (Lanes<V>::count == 1) {
+        return v;
+    } else {
+        double sum = 0;
+        for (int i = 0; i < Lanes<V>::count; ++i) sum += double(v[i]);
+        return sum;
+    }
+}
+
+// exp(x) for |x| <= 87 (float) or 700 (double), to within 2 ulp: x = n·ln 2 + r, Taylor in r.
+template <class V>
+inline V exp_of(const V &x) {
+    using T = typename Lanes<V>::scalar;
+    using Bits = typename Lanes<V>::bits;
+    constexpr bool single = sizeof(T) == 4;
+    constexpr T round_to_integer = single ? T(12582912.0) : T(6755399441055744.0);  // 1.5 * 2^(mantissa bits)
+    constexpr T ln2_high = single ? T(0.693145751953125) : T(0.693147180369123816490);
+    constexpr T ln2_low = single ? T(1.428606765330187e-06) : T(1.90821492927058770002e-10);
+    constexpr int mantissa = single ? 23 : 52;
+    constexpr int degree = single ? 7 : 13;
+
+    const V shifted = x * T(1.4426950408889634074) + round_to_integer;
+    const V n = shifted - round_to_integer;
+    const V r = (x - n * ln2_high) - n * ln2_low;
+    V p = splat<V>(1);
+    for (int i = degree; i > 0; --i) p = p * r * T(1.0 / i) + T(1);
+    const V power = bit_cast<V>(Bits((bit_cast<Bits>(shifted) << mantissa) + bit_cast<Bits>(splat<V>(1))));
+    return p * power;
+}
+
+// Half-width floats, converted with integer arithmetic: exact, and the same on every machine.
+struct bf16 {
+    std::uint16_t bits;
+};
+struct f16 {
+    std::uint16_t bits;
+};
+
+template <class F, class U>  // F: float or vfloat; U: the unsigned integers of its width
+inline F widen(U half, bf16) {
+    return bit_cast<F>(U(half << 16));
+}
+
+template <class F, class U>
+inline F widen(U half, f16) {
+    const U sign = (half & 0x8000u) << 16, magnitude = (half & 0x7fffu) << 13;
+    const U finite = bit_cast<U>(F(bit_cast<F>(magnitude) * 0x1p112f));
+    return bit_cast<F>(U(sign | ((half & 0x7fffu) >= 0x7c00u ? U(magnitude | 0x7f800000u) : finite)));
+}
+
+template <class U, class F>
+inline U narrow(F value, bf16) {
+    const U bits = bit_cast<U>(value);
+    const U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
+    return (bits & 0x7fffffffu) > 0x7f800000u ? U((bits >> 16) | 0x40u) : rounded;
+}
+
+template <class U, class F>
+inline U narrow(F value, f16) {
+    const U bits = bit_cast<U>(value), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
+    const U normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+    const U subnormal = bit_cast<U>(F(bit_cast<F>(magnitude) + 0.5f)) - 0x3f000000u;  // the addition rounds
+    const U special = magnitude > 0x7f800000u ? U((magnitude & 0u) + 0x7e00u) : U((magnitude & 0u) + 0x7c00u);
+    const U finite = magnitude < 0x38800000u ? subnormal : normal;
+    return sign | (magnitude >= 0x47800000u ? special : finite);
+}
+
+// How elements stored as S are computed with: always in Compute, one rounding when they are stored.
+template <class S>
+struct Element {
+    using Compute = S;
+    using Vector = typename VectorOf<S>::type;
+    static constexpr index width = vector_bytes / sizeof(S);
+    static Vector load(const S *p) {
+        Vector v;
+        __builtin_memcpy(&v, p, sizeof v);
+        return v;
+    }
+    static void store(S *p, const Vector &v) { __builtin_memcpy(p, &v, sizeof v); }
+    static S get(const S *p) { return *p; }
+    static void put(S *p, S value) { *p = value; }
+};
+
+template <class S>
+struct HalfElement {
+    using Compute = float;
+    using Vector = vfloat;
+    static constexpr index width = vector_bytes / 4;
+    using Halves = VectorOf<std::uint16_t, vector_bytes / 2>::type;
+    using Words = VectorOf<std::uint32_t>::type;
+    static Vector load(const S *p) {
+        Halves halves;
+        __builtin_memcpy(&halves, p, sizeof halves);
+        return widen<vfloat>(__builtin_convertvector(halves, Words), S{});
+    }
+    static void store(S *p, const Vector &v) {
+        const Halves halves = __builtin_convertvector(narrow<Words>(v, S{}), Halves);
+        __builtin_memcpy(p, &halves, sizeof halves);
+    }
+    static float get(const S *p) { return widen<float>(std::uint32_t(p->bits), S{}); }
+    static void put(S *p, float value) { p->bits = std::uint16_t(narrow<std::uint32_t>(value, S{})); }
+};
+
+template <>
+struct Element<bf16> : HalfElement<bf16> {};
+template <>
+struct Element<f16> : HalfElement<f16> {};
+
+}  // namespace flatwater::FLATWATER_ISA

@@ -1,0 +1,43 @@
+"""Normalization kernels on raw memory: no framework, no autograd.
+
+A :class:`Buffer` says where a tensor lies, a :class:`Vector` where a parameter lies; statistics are
+float64 NumPy arrays. The kernels run on the CPU, in the best instruction set that it has, on as many
+threads as OpenMP may use, without the interpreter's lock, and give the same bits for any number of
+threads.
+"""
+
+from flatwater.kernels.batch import (
+    batch_gradient_sums,
+    batch_input_gradient,
+    batch_norm_backward,
+    batch_norm_forward,
+    batch_normalize,
+    batch_statistics,
+    store,
+    update_running,
+)
+from flatwater.kernels.buffer import Buffer, Vector
+from flatwater.kernels.group import group_norm_backward, group_norm_forward, group_normalize, group_statistics
+from flatwater.kernels.launch import Statistics, available, isa, set_threads, threads
+
+__all__ = [
+    "Buffer",
+    "Statistics",
+    "Vector",
+    "available",
+    "batch_gradient_sums",
+    "batch_input_gradient",
+    "batch_norm_backward",
+    "batch_norm_forward",
+    "batch_normalize",
+    "batch_statistics",
+    "group_norm_backward",
+    "group_norm_forward",
+    "group_normalize",
+    "group_statistics",
+    "isa",
+    "set_threads",
+    "store",
+    "threads",
+    "update_running",
+]

@@ -1,0 +1,207 @@
+"""Batch norm: statistics per channel over samples and inner dimension (Ioffe & Szegedy, 2015).
+
+    mean = Σx / count        m2 = Σ(x - mean)²        inv_std = 1 / sqrt(m2 / count + ε)
+    z = γ·(x - mean)·inv_std + β + residual           y = act(z)
+
+    dz = dy·act'(z)          dβ = Σdz                 dγ = Σdz·x̂          dresidual = dz
+    dx = γ·inv_std·(dz - Σdz / count - x̂·Σdz·x̂ / count)
+
+Both directions come whole and in two halves. Statistics shared between processes are combined
+between the halves; nothing else differs. z is computed again from x in the backward pass, so
+nothing but the statistics has to be kept.
+
+Statistics and sums are float64 arrays of one value per channel, owned by the caller. Tensors are
+borrowed, share dtype, shape and layout, and may be empty: then a call does nothing. Every function
+raises InputError where its arguments do not fit each other.
+"""
+
+from __future__ import annotations
+
+from flatwater.errors import InputError
+from flatwater.kernels import _cpu
+from flatwater.kernels.buffer import Buffer, Vector, address
+from flatwater.kernels.launch import Statistics, check_statistics, prepare
+from flatwater.spec import Activation
+
+__all__ = [
+    "batch_gradient_sums",
+    "batch_input_gradient",
+    "batch_norm_backward",
+    "batch_norm_forward",
+    "batch_normalize",
+    "batch_statistics",
+    "store",
+    "update_running",
+]
+
+
+def batch_statistics(x: Buffer, mean: Statistics, m2: Statistics) -> int:
+    """First half of the forward pass: fill ``mean`` and ``m2``; returns the count behind them."""
+    call = prepare(x)
+    check_statistics(call, x.shape[1], mean=mean, m2=m2)
+    _cpu.batch_statistics(call)
+    return _count(x)
+
+
+def batch_normalize(
+    x: Buffer,
+    y: Buffer,
+    *,
+    mean: Statistics,
+    inv_std: Statistics,
+    weight: Vector | None = None,
+    bias: Vector | None = None,
+    residual: Buffer | None = None,
+    activation: Activation = "none",
+) -> None:
+    """Second half of the forward pass: ``y = act(γ·(x - mean)·inv_std + β + residual)``."""
+    call = prepare(x, activation, weight=weight, bias=bias, y=y, residual=residual)
+    check_statistics(call, x.shape[1], mean=mean, inv_std=inv_std)
+    _cpu.batch_normalize(call)
+
+
+def batch_norm_forward(
+    x: Buffer,
+    y: Buffer,
+    *,
+    mean: Statistics,
+    m2: Statistics,
+    inv_std: Statistics,
+    epsilon: float,
+    weight: Vector | None = None,
+    bias: Vector | None = None,
+    residual: Buffer | None = None,
+    activation: Activation = "none",
+) -> int:
+    """Both halves, a channel at a time while it is in cache; fills the statistics, returns the count."""
+    call = prepare(x, activation, weight=weight, bias=bias, y=y, residual=residual)
+    check_statistics(call, x.shape[1], mean=mean, m2=m2, inv_std=inv_std)
+    call.epsilon = epsilon
+    _cpu.batch_norm_forward(call)
+    return _count(x)
+
+
+def batch_gradient_sums(
+    dy: Buffer,
+    x: Buffer,
+    *,
+    mean: Statistics,
+    inv_std: Statistics,
+    sum_dz: Statistics,
+    sum_dz_xhat: Statistics,
+    weight: Vector | None = None,
+    bias: Vector | None = None,
+    residual: Buffer | None = None,
+    activation: Activation = "none",
+) -> None:
+    """First half of the backward pass: fill ``sum_dz`` (dβ) and ``sum_dz_xhat`` (dγ)."""
+    call = prepare(x, activation, weight=weight, bias=bias, dy=dy, residual=residual)
+    check_statistics(call, x.shape[1], mean=mean, inv_std=inv_std, sum_dz=sum_dz, sum_dz_xhat=sum_dz_xhat)
+    _cpu.batch_gradient_sums(call)
+
+
+def batch_input_gradient(
+    dy: Buffer,
+    x: Buffer,
+    dx: Buffer | None,
+    dresidual: Buffer | None,
+    *,
+    mean: Statistics,
+    inv_std: Statistics,
+    sum_dz: Statistics,
+    sum_dz_xhat: Statistics,
+    count: int,
+    weight: Vector | None = None,
+    bias: Vector | None = None,
+    residual: Buffer | None = None,
+    activation: Activation = "none",
+) -> None:
+    """Second half of the backward pass: fill ``dx`` and ``dresidual``, where they are wanted.
+
+    Args:
+        count: values per channel behind the statistics and sums, over all processes. 0 says that
+            the statistics are constants (a frozen layer): then ``dx = γ·inv_std·dz``.
+    """
+    call = prepare(x, activation, weight=weight, bias=bias, dy=dy, dx=dx, residual=residual, dresidual=dresidual)
+    check_statistics(call, x.shape[1], mean=mean, inv_std=inv_std, sum_dz=sum_dz, sum_dz_xhat=sum_dz_xhat)
+    call.count = count
+    if dx is not None or dresidual is not None:
+        _cpu.batch_input_gradient(call)
+
+
+def batch_norm_backward(
+    dy: Buffer,
+    x: Buffer,
+    dx: Buffer | None,
+    dresidual: Buffer | None,
+    *,
+    mean: Statistics,
+    inv_std: Statistics,
+    sum_dz: Statistics,
+    sum_dz_xhat: Statistics,
+    weight: Vector | None = None,
+    bias: Vector | None = None,
+    residual: Buffer | None = None,
+    activation: Activation = "none",
+    frozen: bool = False,
+) -> None:
+    """Both halves, a channel at a time while it is in cache.
+
+    Args:
+        frozen: the statistics are constants, not functions of x: ``dx = γ·inv_std·dz``.
+    """
+    call = prepare(x, activation, weight=weight, bias=bias, dy=dy, dx=dx, residual=residual, dresidual=dresidual)
+    check_statistics(call, x.shape[1], mean=mean, inv_std=inv_std, sum_dz=sum_dz, sum_dz_xhat=sum_dz_xhat)
+    call.count = 0 if frozen else _count(x)
+    _cpu.batch_norm_backward(call)
+
+
+def update_running(
+    running_mean: Vector,
+    running_variance: Vector,
+    *,
+    mean: Statistics,
+    m2: Statistics,
+    count: int,
+    momentum: float,
+    unbiased: bool,
+) -> None:
+    """``moving = momentum · moving + (1 - momentum) · batch``, in place.
+
+    Args:
+        count: values per channel behind ``mean`` and ``m2``; 0 changes nothing.
+        momentum: share of the OLD value that is kept.
+        unbiased: the batch variance is ``m2 / (count - 1)`` instead of ``m2 / count``. A single
+            value has no unbiased variance; its biased one, 0, is taken.
+    """
+    size = running_mean.size
+    if running_variance[1:] != running_mean[1:] or mean.shape != (size,) or m2.shape != (size,):
+        raise InputError(
+            f"running statistics of {size} and {running_variance.size} values do not fit "
+            f"batch statistics of {mean.size} and {m2.size}; give one value per channel, of one dtype"
+        )
+    if mean.dtype != "float64" or m2.dtype != "float64":
+        raise InputError(f"batch statistics are float64 arrays, not {mean.dtype} and {m2.dtype}")
+    _cpu.update_running(
+        running_mean.pointer,
+        running_variance.pointer,
+        running_mean.dtype == "float64",
+        address(mean),
+        address(m2),
+        size,
+        count,
+        momentum,
+        unbiased,
+    )
+
+
+def store(values: Statistics, target: Vector) -> None:
+    """Round a float64 array into the memory of a parameter's gradient."""
+    if values.shape != (target.size,) or values.dtype != "float64" or not values.flags.c_contiguous:
+        raise InputError(f"{values.dtype} values of shape {values.shape} do not fit a vector of {target.size}")
+    _cpu.store(address(values), target.pointer, target.dtype == "float64", target.size)
+
+
+def _count(x: Buffer) -> int:
+    outer, channels, inner = x.shape
+    return outer * inner if channels else 0
