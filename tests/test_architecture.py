@@ -16,9 +16,10 @@ PACKAGE = Path(flatwater.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 # What each room may import of Flatwater, besides itself.
-FOUNDATION = {"errors", "spec"}
+FOUNDATION = {"errors", "files", "spec"}
 ROOMS = {
     "errors": set(),
+    "files": set(),
     "spec": {"errors"},
     "reference": FOUNDATION,
     "kernels": FOUNDATION,
