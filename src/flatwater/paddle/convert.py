@@ -1,0 +1,96 @@
+"""Give a model of Paddle's norm layers Flatwater's, and back.
+
+A layer is converted by exchanging its class: parameters, buffers, hooks, names, mode and whatever
+refers to the layer stay what they are, because it is still the same object.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import paddle
+
+from flatwater.errors import SurgeryError
+from flatwater.paddle import layers
+
+__all__ = ["ConversionReport", "convert", "revert"]
+
+_CLASSES: dict[type, type] = {
+    getattr(paddle.nn, name): getattr(layers, name)
+    for name in (
+        "BatchNorm",
+        "BatchNorm1D",
+        "BatchNorm2D",
+        "BatchNorm3D",
+        "GroupNorm",
+        "InstanceNorm1D",
+        "InstanceNorm2D",
+        "InstanceNorm3D",
+    )
+}
+
+
+@dataclass
+class ConversionReport:
+    """What was done to a model.
+
+    Attributes:
+        changed: paths of the layers that have another class now.
+        left: path -> why a norm layer was left as it was.
+    """
+
+    changed: list[str] = field(default_factory=list)
+    left: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.changed)} layers changed, {len(self.left)} left"]
+        lines += [f"  {path}: {reason}" for path, reason in self.left.items()]
+        return "\n".join(lines)
+
+
+def convert(model: paddle.nn.Layer) -> ConversionReport:
+    """Let every stock norm layer of ``model`` compute with Flatwater's kernels, in place.
+
+    Layers of a subclass that somebody else wrote are left, for their ``forward`` may do more.
+
+    Raises:
+        SurgeryError: ``model`` is itself a norm layer's parameter, not a ``paddle.nn.Layer``.
+    """
+    report = ConversionReport()
+    ours = tuple(_CLASSES.values())
+    for path, layer in _layers(model):
+        if type(layer) in _CLASSES:
+            layer.__class__ = _CLASSES[type(layer)]
+            report.changed.append(path)
+        elif isinstance(layer, ours):
+            report.left[path] = "is Flatwater's already"
+        elif isinstance(layer, paddle.nn.SyncBatchNorm):
+            report.left[path] = "SyncBatchNorm shares statistics between processes; Flatwater has no such layer yet"
+        elif isinstance(layer, tuple(_CLASSES)):
+            report.left[path] = f"{type(layer).__name__} is a subclass with a forward of its own"
+    return report
+
+
+def revert(model: paddle.nn.Layer) -> ConversionReport:
+    """The way back: stock classes again, so that the model no longer needs Flatwater.
+
+    A layer that fuses an activation, or passes single values through, has no stock equal and is left;
+    ``BatchNorm`` keeps its activation, for Paddle's class of that name has one too.
+    """
+    stock = {ours: theirs for theirs, ours in _CLASSES.items()}
+    report = ConversionReport()
+    for path, layer in _layers(model):
+        if type(layer) not in stock:
+            continue
+        if layer._act and stock[type(layer)] is not paddle.nn.BatchNorm:
+            report.left[path] = f"act={layer._act!r} is fused into it; paddle.nn.{type(layer).__name__} has no activation"
+            continue
+        layer.__class__ = stock[type(layer)]
+        report.changed.append(path)
+    return report
+
+
+def _layers(model: paddle.nn.Layer) -> list[tuple[str, paddle.nn.Layer]]:
+    if not isinstance(model, paddle.nn.Layer):
+        raise SurgeryError(f"a {type(model).__name__} has no layers to convert; give a paddle.nn.Layer")
+    return list(model.named_sublayers(include_self=True))

@@ -1,0 +1,438 @@
+"""Normalization layers for Paddle: Paddle's classes outside, Flatwater's kernels inside.
+
+Each layer subclasses Paddle's layer of the same name. Arguments, defaults, ``state_dict`` keys and
+``isinstance`` are Paddle's, so checkpoints and other tools go on working. What is new stands in
+keyword arguments:
+
+``act``
+    an activation fused behind the norm: ``None``, ``"relu"``, ``"relu6"``, ``"leaky_relu"`` (slope 0.01),
+    ``"hardswish"``, ``"swish"`` or ``"silu"``.
+``single_value``
+    what training does with one value per channel, of which no variance exists: ``"error"``, or
+    ``"passthrough"``, Paddle's way: x comes back, γ and β are not applied, statistics stay.
+``layer(x, residual)``
+    adds a tensor shaped like x before the activation.
+
+Modes: in ``train()`` on the CPU the kernels compute, in dynamic mode; in ``eval()``, in captured
+graphs and on other devices Paddle's own operators do, with the same results.
+:func:`~flatwater.paddle.backend_of` says which.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import paddle
+import paddle.nn.functional as F
+
+from flatwater.errors import InputError, SingleValueError
+from flatwater.paddle.autograd import (
+    BatchNormCall,
+    GroupNormCall,
+    batch_norm,
+    group_norm,
+    update_running,
+)
+from flatwater.paddle.backend import Backend, choose_backend, is_replay
+from flatwater.paddle.composite import activate
+from flatwater.spec import NormSpec, SingleValue, canonical_activation
+
+__all__ = [
+    "BatchNorm",
+    "BatchNorm1D",
+    "BatchNorm2D",
+    "BatchNorm3D",
+    "GroupNorm",
+    "InstanceNorm1D",
+    "InstanceNorm2D",
+    "InstanceNorm3D",
+    "backend_of",
+]
+
+_FLOATS = ("float32", "float64", "bfloat16", "float16")
+
+
+class _Norm(paddle.nn.Layer):
+    """What all norm layers share. Mixed in before Paddle's class.
+
+    The attributes are class-level defaults, so that a stock layer becomes one of these by
+    exchanging its class (:func:`flatwater.paddle.convert`).
+    """
+
+    _act: str | None = None
+    _single_value: SingleValue = "error"
+    _ranks: tuple[int, ...] = ()
+
+    def _extend(self, act: str | None, single_value: SingleValue = "error") -> None:
+        """Take the arguments that Paddle's constructor does not know, and check the others."""
+        self._act = None if canonical_activation(act) == "none" else act
+        self._single_value = single_value
+        self._spec()
+
+    def _spec(self) -> NormSpec:
+        return NormSpec(
+            epsilon=self._epsilon,
+            momentum=getattr(self, "_momentum", 0.9),
+            single_value=self._single_value,
+            activation=canonical_activation(self._act),
+        )
+
+    def _format(self) -> str:
+        return str(getattr(self, "_data_layout", None) or self._data_format)
+
+    def _channels_last(self) -> bool:
+        # As Paddle reads it: the second letter decides, so "NC" is channels-first.
+        return self._format()[1] != "C"
+
+    def _channels(self) -> int:
+        raise NotImplementedError
+
+    def _affine(self) -> tuple[paddle.Tensor | None, paddle.Tensor | None]:
+        return self.weight, self.bias
+
+    def _norm_tensors(self) -> list[paddle.Tensor]:
+        return [tensor for tensor in self._affine() if tensor is not None]
+
+    def _label(self) -> str:
+        return f"{type(self).__name__} {self.full_name()!r}"
+
+    def _check(self, x: paddle.Tensor, residual: paddle.Tensor | None) -> None:
+        dtype = str(x.dtype).removeprefix("paddle.").rpartition(".")[2].lower()
+        rank = len(x.shape)
+        if rank not in self._ranks:
+            wanted = " or ".join(map(str, self._ranks)) if len(self._ranks) < 3 else f"{self._ranks[0]} or more"
+            raise InputError(f"{self._label()} got an input of shape {list(x.shape)}; it takes rank {wanted}")
+        if dtype not in _FLOATS:
+            raise InputError(f"{self._label()} got {dtype} input; normalization needs floats: use x.astype('float32')")
+        channels = x.shape[-1 if self._channels_last() else 1]
+        if channels not in (self._channels(), -1):
+            raise InputError(
+                f"{self._label()} has {self._channels()} channels but its input of shape {list(x.shape)} "
+                f"has {channels} ({self._format()}); give the layer the channel count of what it reads"
+            )
+        if residual is not None and list(residual.shape) != list(x.shape):
+            raise InputError(
+                f"{self._label()} got a residual of shape {list(residual.shape)} for an input of shape "
+                f"{list(x.shape)}; they are added, so the shapes must be equal"
+            )
+        if residual is not None and residual.dtype != x.dtype:
+            raise InputError(f"{self._label()} got a {residual.dtype} residual for {x.dtype} input; cast one of them")
+        for parameter in self._norm_tensors():
+            if (dtype == "float64") != (parameter.dtype == paddle.float64):
+                raise InputError(
+                    f"{self._label()} has {parameter.dtype} parameters but got {dtype} input; "
+                    f"cast the input, or the layer with layer.to(dtype={dtype!r})"
+                )
+
+    def _finish(self, z: paddle.Tensor, residual: paddle.Tensor | None) -> paddle.Tensor:
+        return activate(z if residual is None else z + residual, canonical_activation(self._act))
+
+    def extra_repr(self) -> str:
+        """Paddle's description of the layer, and what is added to it."""
+        parts = [super().extra_repr()] if hasattr(super(), "extra_repr") else []
+        parts += [f"act={self._act}"] if self._act else []
+        parts += [f"single_value={self._single_value}"] if self._single_value != "error" else []
+        return ", ".join(part for part in parts if part)
+
+
+class _BatchNorm(_Norm):
+    """Batch normalization (Ioffe & Szegedy, 2015).
+
+        y = act(γ·(x - mean)·(var + ε)^(-1/2) + β + residual)
+
+    ========================  =============================  =========================================
+    mode                      mean and var                   moving statistics
+    ========================  =============================  =========================================
+    ``train()``               of the batch, over all axes    ``moving = momentum·moving
+                              but the channel's              + (1 - momentum)·batch``, var biased
+    ``train()``, frozen       the moving ones, as constants  stay
+    (``use_global_stats``)
+    ``eval()``                the moving ones, as constants  stay
+    ========================  =============================  =========================================
+
+    ``use_global_stats``: True freezes the statistics; None and False do not. (Paddle's
+    ``BatchNorm2D`` with False normalizes by the batch in ``eval()`` too, and goes on updating. Here
+    ``eval()`` always means the moving statistics.)
+    """
+
+    def _channels(self) -> int:
+        return int(self._mean.shape[0])
+
+    def _norm_tensors(self) -> list[paddle.Tensor]:
+        return [*super()._norm_tensors(), self._mean, self._variance]
+
+    def _by_batch(self) -> bool:
+        """Whether a call now normalizes by its batch (and moves the moving statistics)."""
+        learning = self.training or bool(getattr(self, "_trainable_statistics", False))
+        return learning and not self._use_global_stats
+
+    def forward(self, x: paddle.Tensor, residual: paddle.Tensor | None = None) -> paddle.Tensor:
+        """``act(γ·x̂ + β + residual)``; in training the moving statistics follow the batch.
+
+        Args:
+            x: float tensor, channels where the layer's data format says, of any strides.
+            residual: of x's shape and dtype, added before the activation.
+
+        Returns:
+            A tensor of x's shape and dtype.
+
+        Raises:
+            InputError: wrong rank, channel count or dtype, or a residual that does not fit.
+            SingleValueError: training with one value per channel, under ``single_value="error"``.
+        """
+        self._check(x, residual)
+        by_batch = self._by_batch()
+        if by_batch and self._has_single_value(x):
+            return self._finish(x, residual)
+        if self._backend(x) == "paddle":
+            return self._finish(self._paddle_batch_norm(x), residual)
+        return self._kernel_batch_norm(x, residual, by_batch=by_batch)
+
+    def _backend(self, x: paddle.Tensor) -> Backend:
+        return choose_backend(x, self._norm_tensors(), training=self.training)
+
+    def _has_single_value(self, x: paddle.Tensor) -> bool:
+        shape = list(x.shape)
+        del shape[-1 if self._channels_last() else 1]
+        if any(size != 1 for size in shape):  # a size of -1 is not known while a graph is captured
+            return False
+        if self._single_value == "passthrough":
+            return True
+        raise SingleValueError(
+            f"{self._label()} got one value per channel (input shape {list(x.shape)}) in training, of which no "
+            "variance exists; use a larger batch, eval() or freezing, GroupNorm, "
+            "or single_value='passthrough' to hand x through as Paddle does"
+        )
+
+    def _kernel_batch_norm(
+        self, x: paddle.Tensor, residual: paddle.Tensor | None, *, by_batch: bool
+    ) -> paddle.Tensor:
+        spec = self._spec()
+        settings: dict[str, Any] = {
+            "channels_last": self._channels_last(),
+            "activation": spec.activation,
+            "epsilon": spec.epsilon,
+        }
+        if not by_batch:
+            call = BatchNormCall.with_constants(self._mean, self._variance, **settings)
+            return batch_norm(x, *self._affine(), residual, call)
+        call = BatchNormCall.over_batch(self._channels(), **settings)
+        y = batch_norm(x, *self._affine(), residual, call)
+        if not is_replay():
+            update_running(self._mean, self._variance, call, spec.momentum)
+        return y
+
+    def _paddle_batch_norm(self, x: paddle.Tensor) -> paddle.Tensor:
+        by_batch = self._by_batch()
+        return F.batch_norm(
+            x,
+            self._mean,
+            self._variance,
+            weight=self.weight,
+            bias=self.bias,
+            training=self.training,
+            # A replay must not move the statistics a second time: with momentum 1 all of the old is kept.
+            momentum=1.0 if by_batch and is_replay() else self._momentum,
+            epsilon=self._epsilon,
+            data_format="NHWC" if self._channels_last() else "NCHW",
+            use_global_stats=None if by_batch == self.training else not by_batch,
+        )
+
+
+class BatchNorm(_BatchNorm, paddle.nn.BatchNorm):
+    __doc__ = f"""Batch norm for any input of rank 2 to 5; subclass of ``paddle.nn.BatchNorm``.
+
+    ``trainable_statistics=True`` is Paddle's: the batch's statistics in ``eval()`` too.
+    {_BatchNorm.__doc__}"""
+
+    _ranks = (2, 3, 4, 5)
+
+    def __init__(
+        self, num_channels: int, act: str | None = None, *args: Any, single_value: SingleValue = "error", **kwargs: Any
+    ) -> None:
+        super().__init__(num_channels, act, *args, **kwargs)
+        self._extend(act, single_value)
+
+
+class BatchNorm1D(_BatchNorm, paddle.nn.BatchNorm1D):
+    __doc__ = f"""Batch norm for (N, C), (N, C, L) or (N, L, C); subclass of ``paddle.nn.BatchNorm1D``.
+    {_BatchNorm.__doc__}"""
+
+    _ranks = (2, 3)
+
+    def __init__(
+        self, *args: Any, act: str | None = None, single_value: SingleValue = "error", **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._extend(act, single_value)
+
+
+class BatchNorm2D(_BatchNorm, paddle.nn.BatchNorm2D):
+    __doc__ = f"""Batch norm for (N, C, H, W) or (N, H, W, C); subclass of ``paddle.nn.BatchNorm2D``.
+    {_BatchNorm.__doc__}"""
+
+    _ranks = (4,)
+
+    def __init__(
+        self, *args: Any, act: str | None = None, single_value: SingleValue = "error", **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._extend(act, single_value)
+
+
+class BatchNorm3D(_BatchNorm, paddle.nn.BatchNorm3D):
+    __doc__ = f"""Batch norm for (N, C, D, H, W) or (N, D, H, W, C); subclass of ``paddle.nn.BatchNorm3D``.
+    {_BatchNorm.__doc__}"""
+
+    _ranks = (5,)
+
+    def __init__(
+        self, *args: Any, act: str | None = None, single_value: SingleValue = "error", **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._extend(act, single_value)
+
+
+class _SampleNorm(_Norm):
+    """Statistics per sample and group of channels; the same in ``train()`` and ``eval()``."""
+
+    def _groups(self) -> int:
+        raise NotImplementedError
+
+    def _paddle_norm(self, x: paddle.Tensor) -> paddle.Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: paddle.Tensor, residual: paddle.Tensor | None = None) -> paddle.Tensor:
+        """``act(γ·x̂ + β + residual)`` with each sample's own statistics.
+
+        Args:
+            x: float tensor, channels where the layer's data format says, of any strides.
+            residual: of x's shape and dtype, added before the activation.
+
+        Returns:
+            A tensor of x's shape and dtype.
+
+        Raises:
+            InputError: wrong rank, channel count or dtype, or a residual that does not fit.
+        """
+        self._check(x, residual)
+        if self._backend(x) == "paddle":
+            return self._finish(self._paddle_norm(x), residual)
+        spec = self._spec()
+        call = GroupNormCall.over_samples(
+            x.shape[0],
+            groups=self._groups(),
+            channels_last=self._channels_last(),
+            activation=spec.activation,
+            epsilon=spec.epsilon,
+        )
+        return group_norm(x, *self._affine(), residual, call)
+
+    def _backend(self, x: paddle.Tensor) -> Backend:
+        return choose_backend(x, self._norm_tensors(), training=self.training)
+
+
+class GroupNorm(_SampleNorm, paddle.nn.GroupNorm):
+    """Group normalization (Wu & He, 2018); subclass of ``paddle.nn.GroupNorm``.
+
+        y = act(γ·(x - mean)·(var + ε)^(-1/2) + β + residual)
+
+    with mean and var over each group of channels of each sample, so that a batch of one is as good as
+    any. Takes rank 2 or more, channels first or last. The same in ``train()`` and ``eval()``.
+    """
+
+    _ranks = (2, 3, 4, 5, 6)
+
+    def __init__(self, *args: Any, act: str | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self._num_groups < 1 or self._num_channels % self._num_groups:
+            raise InputError(
+                f"GroupNorm: num_groups={self._num_groups} does not divide num_channels={self._num_channels}; "
+                "choose a divisor"
+            )
+        self._extend(act)
+
+    def _channels(self) -> int:
+        return int(self._num_channels)
+
+    def _groups(self) -> int:
+        return int(self._num_groups)
+
+    def _paddle_norm(self, x: paddle.Tensor) -> paddle.Tensor:
+        return F.group_norm(x, self._num_groups, self._epsilon, self.weight, self.bias, self._data_format)
+
+
+class _InstanceNorm(_SampleNorm):
+    """Instance normalization (Ulyanov, Vedaldi & Lempitsky, 2016).
+
+        y = act(γ·(x - mean)·(var + ε)^(-1/2) + β + residual)
+
+    with mean and var over the spatial dimensions of each channel of each sample. The same in
+    ``train()`` and ``eval()``; ``momentum`` is taken for compatibility and not used, as in Paddle.
+    """
+
+    def _affine(self) -> tuple[paddle.Tensor | None, paddle.Tensor | None]:
+        return self.scale, self.bias
+
+    def _channels(self) -> int:
+        return int(self._num_features)
+
+    def _groups(self) -> int:
+        return int(self._num_features)
+
+    def _paddle_norm(self, x: paddle.Tensor) -> paddle.Tensor:
+        return F.instance_norm(
+            x,
+            weight=self.scale,
+            bias=self.bias,
+            momentum=self._momentum,
+            eps=self._epsilon,
+            data_format=self._data_format,
+        )
+
+
+class InstanceNorm1D(_InstanceNorm, paddle.nn.InstanceNorm1D):
+    __doc__ = f"""Instance norm for (N, C, L); subclass of ``paddle.nn.InstanceNorm1D``.
+    {_InstanceNorm.__doc__}"""
+
+    _ranks = (2, 3)
+
+    def __init__(self, *args: Any, act: str | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._extend(act)
+
+
+class InstanceNorm2D(_InstanceNorm, paddle.nn.InstanceNorm2D):
+    __doc__ = f"""Instance norm for (N, C, H, W); subclass of ``paddle.nn.InstanceNorm2D``.
+    {_InstanceNorm.__doc__}"""
+
+    _ranks = (4,)
+
+    def __init__(self, *args: Any, act: str | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._extend(act)
+
+
+class InstanceNorm3D(_InstanceNorm, paddle.nn.InstanceNorm3D):
+    __doc__ = f"""Instance norm for (N, C, D, H, W); subclass of ``paddle.nn.InstanceNorm3D``.
+    {_InstanceNorm.__doc__}"""
+
+    _ranks = (5,)
+
+    def __init__(self, *args: Any, act: str | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._extend(act)
+
+
+def backend_of(layer: paddle.nn.Layer, x: paddle.Tensor) -> Backend:
+    """Which computes ``layer(x)`` now: ``"flatwater"``, the kernels, or ``"paddle"``, Paddle's operators.
+
+    Raises:
+        InputError: ``layer`` is not a norm layer of Flatwater's.
+    """
+    if not isinstance(layer, (_BatchNorm, _SampleNorm)):
+        raise InputError(
+            f"backend_of got a {type(layer).__name__}, which is not a norm layer of flatwater.paddle; "
+            "give it one, or convert the model with fw.convert(model)"
+        )
+    return layer._backend(x)
