@@ -1,5 +1,5 @@
 // The fused activations and their derivatives. At a kink the derivative is the one that Paddle
-// takes: relu'(0) = 0, relu6' = 1 strictly inside (0, 6), leaky_relu' = 0.01 for z <= 0,
+// takes: relu'(0) = 0, relu6' = 1 strictly inside (0, 6), leaky_relu' = 1 for z >= 0,
 // hardswish' = 0 for z <= -3 and 1 for z >= 3. NaN stays NaN, so every comparison is written
 // such that it is false for NaN where the value is kept.
 #pragma once
@@ -43,7 +43,7 @@ inline V activation_gradient(const V &z, const V &dy) {
     const V zero = splat<V>(0);
     if constexpr (A == Activation::relu) return z > zero ? dy : zero;
     if constexpr (A == Activation::relu6) return z > zero ? (z < splat<V>(6) ? dy : zero) : zero;
-    if constexpr (A == Activation::leaky_relu) return z > zero ? dy : V(dy * T(leaky_slope));
+    if constexpr (A == Activation::leaky_relu) return z >= zero ? dy : V(dy * T(leaky_slope));
     if constexpr (A == Activation::hardswish) {
         const V three = splat<V>(3), middle = dy * (z * T(1.0 / 3) + T(0.5));
         return z <= -three ? zero : (z >= three ? dy : middle);

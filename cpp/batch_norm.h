@@ -26,6 +26,9 @@ struct Batch {
         return segment_moments(At<S>(p, plane(p, n, c)).x, p.shape.inner);
     }
 
+    FLATWATER_ONE_COPY
+    static void add_plane(Moments &channel, const Moments &plane) { channel.add(plane); }
+
     static void segment_statistics(const Problem &p) {
         const index samples = p.shape.outer, channels = p.shape.channels;
         Scratch<Moments> planes(samples * channels);
@@ -33,7 +36,7 @@ struct Batch {
                      [&](index i) { planes[i] = plane_moments(p, i / channels, i % channels); });
         for (index c = 0; c < channels; ++c) {
             Moments all;
-            for (index n = 0; n < samples; ++n) all.add(planes[n * channels + c]);
+            for (index n = 0; n < samples; ++n) add_plane(all, planes[n * channels + c]);
             set_moments(p, c, all);
         }
     }
@@ -70,7 +73,7 @@ struct Batch {
         const index samples = p.shape.outer;
         parallel_for(p.shape.channels, p.shape.elements(), [&](index c) {
             Moments all;
-            for (index n = 0; n < samples; ++n) all.add(plane_moments(p, n, c));
+            for (index n = 0; n < samples; ++n) add_plane(all, plane_moments(p, n, c));
             set_moments(p, c, all);
             p.inv_std[c] = inverse_deviation(all.m2, all.count, p.epsilon);
             const Affine<T> f(channel_of(p, c, c));
@@ -219,9 +222,11 @@ struct Batch {
 
     // ---- the calls ----------------------------------------------------------------------------
 
+    FLATWATER_ONE_COPY
     static void statistics(const Problem &p) { as_segments(p.shape) ? segment_statistics(p) : row_statistics(p); }
 
     template <Activation A>
+    FLATWATER_ONE_COPY
     static void normalize(const Problem &p) {
         as_segments(p.shape) ? segment_normalize<A>(p) : row_normalize<A>(p);
     }
@@ -236,11 +241,13 @@ struct Batch {
     }
 
     template <Activation A>
+    FLATWATER_ONE_COPY
     static void gradient_sums(const Problem &p) {
         as_segments(p.shape) ? segment_gradient_sums<A>(p) : row_gradient_sums<A>(p);
     }
 
     template <Activation A>
+    FLATWATER_ONE_COPY
     static void input_gradient(const Problem &p) {
         as_segments(p.shape) ? segment_input_gradient<A>(p) : row_input_gradient<A>(p);
     }

@@ -1,7 +1,7 @@
 // From statistics to the few numbers per channel that a loop over elements needs.
 #pragma once
 
-#include "problem.h"
+#include "simd.h"
 
 namespace flatwater::FLATWATER_ISA {
 
@@ -16,6 +16,7 @@ template <class T>
 struct Affine {
     T shift, scale, offset;
 
+    FLATWATER_ONE_COPY
     explicit Affine(const Channel &channel)
         : shift(T(channel.mean)),
           scale(T(channel.inv_std * channel.weight)),
@@ -29,6 +30,7 @@ struct GradientSums {
     double dz = 0, dz_xhat = 0;
 
     template <class T>
+    FLATWATER_ONE_COPY
     static GradientSums from_shifted(double dz, double dz_shifted, const Channel &channel) {
         return {dz, channel.inv_std * (dz_shifted - Affine<T>::rest(channel) * dz)};
     }
@@ -41,6 +43,7 @@ template <class T>
 struct Gradient {
     T dz_scale, x_scale, offset;
 
+    FLATWATER_ONE_COPY
     Gradient(const Channel &channel, double mean_dz, double mean_dz_xhat) {
         const double slope = -channel.inv_std * channel.inv_std * mean_dz_xhat;
         dz_scale = T(channel.inv_std * channel.weight);
@@ -70,6 +73,7 @@ struct Moments {
     static bool finite(double value) { return value - value == 0; }
 };
 
+FLATWATER_ONE_COPY
 inline double inverse_deviation(double m2, index count, double epsilon) {
     return 1 / __builtin_sqrt(m2 / double(count) + epsilon);
 }

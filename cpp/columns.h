@@ -38,29 +38,41 @@ inline void unrolled(const Body &body) {
 
 // Per column: mean[j] and m2[j] over `rows` rows that lie `stride` elements apart.
 template <class S>
+FLATWATER_ONE_COPY
 void column_moments(const S *x, index rows, index stride, index columns, double *mean, double *m2) {
     using T = typename Element<S>::Compute;
     each_column<S>(columns, [=]<class V, int k>(index j) {
+        using Wide = typename Lanes<V>::wide;
         constexpr int width = Lanes<V>::count;
         for (index start = 0; start < rows; start += block_rows) {
             const index size = rows - start < block_rows ? rows - start : block_rows;
             const S *block = x + start * stride + j;
-            V pivot[k] = {}, first[k] = {}, second[k] = {};
+            V pivot[k] = {};
+            Wide first[k] = {}, second[k] = {};
             for (index r = 0; r < size; ++r)
                 unrolled<k>([&](int i) { pivot[i] += fetch<S, V>(block + r * stride + i * width); });
             unrolled<k>([&](int i) { pivot[i] /= T(size); });
-            for (index r = 0; r < size; ++r)
+            for (index run = 0; run < size; run += short_run) {
+                const index end = size - run < short_run ? size : run + short_run;
+                V run_first[k] = {}, run_second[k] = {};
+                for (index r = run; r < end; ++r)
+                    unrolled<k>([&](int i) {
+                        const V d = fetch<S, V>(block + r * stride + i * width) - pivot[i];
+                        run_first[i] += d;
+                        run_second[i] += d * d;
+                    });
                 unrolled<k>([&](int i) {
-                    const V d = fetch<S, V>(block + r * stride + i * width) - pivot[i];
-                    first[i] += d;
-                    second[i] += d * d;
+                    first[i] += widen_lanes(run_first[i]);
+                    second[i] += widen_lanes(run_second[i]);
                 });
-            alignas(vector_bytes) T pivots[k * width], firsts[k * width], seconds[k * width];
+            }
+            T pivots[k * width];
+            double firsts[k * width], seconds[k * width];
             __builtin_memcpy(pivots, pivot, sizeof pivots);
             __builtin_memcpy(firsts, first, sizeof firsts);
             __builtin_memcpy(seconds, second, sizeof seconds);
             for (int i = 0; i < k * width; ++i) {
-                const double rest = double(firsts[i]), squares = double(seconds[i]) - rest * rest / double(size);
+                const double rest = firsts[i], squares = seconds[i] - rest * rest / double(size);
                 const bool finite = Moments::finite(pivots[i]);
                 const double block_mean = finite ? double(pivots[i]) + rest / double(size) : double(pivots[i]);
                 Moments all{start, mean[j + i], m2[j + i]};
@@ -94,6 +106,7 @@ inline V column(const T *values, index j) {
 }
 
 template <class S, Activation A>
+FLATWATER_ONE_COPY
 void columns_apply(const S *x, const S *residual, S *y, index rows, index stride, index columns,
                    const Columns<typename Element<S>::Compute> &c) {
     using T = typename Element<S>::Compute;
@@ -117,6 +130,7 @@ void columns_apply(const S *x, const S *residual, S *y, index rows, index stride
 
 // Per column: dz_sum[j] = Σdz and shifted_sum[j] = Σdz·(x - shift).
 template <class S, Activation A>
+FLATWATER_ONE_COPY
 void columns_sums(const S *dy, const S *x, const S *residual, index rows, index stride, index columns,
                   const Columns<typename Element<S>::Compute> &c, double *dz_sum, double *shifted_sum) {
     using T = typename Element<S>::Compute;
@@ -148,6 +162,7 @@ void columns_sums(const S *dy, const S *x, const S *residual, index rows, index 
 }
 
 template <class S, Activation A>
+FLATWATER_ONE_COPY
 void columns_gradient(const S *dy, const S *x, const S *residual, S *dx, S *dresidual, index rows, index stride,
                       index columns, const Columns<typename Element<S>::Compute> &c) {
     using T = typename Element<S>::Compute;

@@ -35,15 +35,21 @@ struct Group {
         p.m2[i] = all.m2;
     }
 
+    // Of the planes of one group, channels-first.
+    FLATWATER_ONE_COPY
+    static Moments planes_moments(const Problem &p, index i) {
+        const index size = group_channels(p), inner = p.shape.inner;
+        Moments all;
+        for (index c = 0; c < size; ++c) all.add(segment_moments(At<S>(p, (i * size + c) * inner).x, inner));
+        return all;
+    }
+
+    FLATWATER_ONE_COPY
     static void statistics(const Problem &p) {
         const index channels = p.shape.channels, size = group_channels(p), inner = p.shape.inner;
         if (!p.shape.channels_last) {
-            parallel_for(p.shape.outer * p.groups, p.shape.elements(), [&](index i) {
-                Moments all;
-                for (index c = 0; c < size; ++c)
-                    all.add(segment_moments(At<S>(p, (i * size + c) * inner).x, inner));
-                set_group(p, i, all);
-            });
+            parallel_for(p.shape.outer * p.groups, p.shape.elements(),
+                         [&](index i) { set_group(p, i, planes_moments(p, i)); });
             return;
         }
         Scratch<double> mean(p.shape.outer * channels), m2(p.shape.outer * channels);
@@ -65,6 +71,7 @@ struct Group {
     }
 
     template <Activation A>
+    FLATWATER_ONE_COPY
     static void normalize(const Problem &p) {
         const index channels = p.shape.channels, inner = p.shape.inner;
         if (!p.shape.channels_last) {
@@ -95,8 +102,7 @@ struct Group {
         }
         // A group's planes are normalized while they are still in cache from the statistics.
         parallel_for(p.shape.outer * p.groups, p.shape.elements(), [&](index i) {
-            Moments all;
-            for (index c = 0; c < size; ++c) all.add(segment_moments(At<S>(p, (i * size + c) * inner).x, inner));
+            const Moments all = planes_moments(p, i);
             set_group(p, i, all);
             p.inv_std[i] = inverse_deviation(all.m2, count, p.epsilon);
             for (index k = size - 1; k >= 0; --k) {

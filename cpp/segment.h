@@ -13,6 +13,10 @@ namespace flatwater::FLATWATER_ISA {
 // stays in the first-level cache between the two passes over it.
 constexpr index block_elements = 4096;
 
+// Squared deviations that a lane sums in its own precision. Short, for when the mean is 10^4 deviations
+// the deviations are multiples of a coarse unit, and roundings of a longer sum of squares all lean one way.
+constexpr index short_run = 16;
+
 template <class S, class V>
 inline V fetch(const S *p) {
     if constexpr (Lanes<V>::count == 1)
@@ -82,7 +86,8 @@ Moments block_moments(const S *x, index n) {
     using E = Element<S>;
     using T = typename E::Compute;
     using V = typename E::Vector;
-    constexpr index width = E::width;
+    using Wide = typename Lanes<V>::wide;
+    constexpr index width = E::width, pair = 2 * width;
 
     V sum[4] = {};
     T tail = 0;
@@ -93,32 +98,39 @@ Moments block_moments(const S *x, index n) {
     for (; i < n; ++i) tail += E::get(x + i);
     const T pivot = T((sum_of_lanes<V>((sum[0] + sum[1]) + (sum[2] + sum[3])) + double(tail)) / double(n));
 
-    V first[2] = {}, second[2] = {};
-    T first_tail = 0, second_tail = 0;
-    for (i = 0; i + 2 * width <= n; i += 2 * width)
-        for (index k = 0; k < 2; ++k) {
-            const V d = E::load(x + i + k * width) - pivot;
-            first[k] += d;
-            second[k] += d * d;
-        }
+    Wide first{}, second{};
+    double first_tail = 0, second_tail = 0;
+    for (i = 0; i + pair <= n;) {
+        const index end = n - i < short_run * pair ? n : i + short_run * pair;
+        V run_first[2] = {}, run_second[2] = {};
+        for (; i + pair <= end; i += pair)
+            for (index k = 0; k < 2; ++k) {
+                const V d = E::load(x + i + k * width) - pivot;
+                run_first[k] += d;
+                run_second[k] += d * d;
+            }
+        first += widen_lanes(run_first[0]) + widen_lanes(run_first[1]);
+        second += widen_lanes(run_second[0]) + widen_lanes(run_second[1]);
+    }
     for (; i + width <= n; i += width) {
         const V d = E::load(x + i) - pivot;
-        first[0] += d;
-        second[0] += d * d;
+        first += widen_lanes(d);
+        second += widen_lanes(V(d * d));
     }
     for (; i < n; ++i) {
         const T d = E::get(x + i) - pivot;
         first_tail += d;
-        second_tail += d * d;
+        second_tail += double(d) * double(d);
     }
-    const double rest = sum_of_lanes<V>(first[0] + first[1]) + double(first_tail);
-    const double squares = sum_of_lanes<V>(second[0] + second[1]) + double(second_tail);
+    const double rest = sum_of_lanes<V>(first) + first_tail;
+    const double squares = sum_of_lanes<V>(second) + second_tail;
     const double m2 = squares - rest * rest / double(n);
     if (!Moments::finite(pivot)) return {n, double(pivot), m2};
     return {n, double(pivot) + rest / double(n), m2 < 0 ? 0 : m2};
 }
 
 template <class S>
+FLATWATER_ONE_COPY
 Moments segment_moments(const S *x, index n) {
     Moments all;
     for (index i = 0; i < n; i += block_elements)
@@ -127,6 +139,7 @@ Moments segment_moments(const S *x, index n) {
 }
 
 template <class S, Activation A, bool streaming>
+FLATWATER_ONE_COPY
 void segment_apply(const S *x, const S *residual, S *y, index n, const Affine<typename Element<S>::Compute> &f) {
     each<S>(n, streaming ? unaligned_head(y, n) : 0, [=]<class V>(index i) {
         V z = (fetch<S, V>(x + i) - f.shift) * f.scale + f.offset;
@@ -140,6 +153,7 @@ void segment_apply(const S *x, const S *residual, S *y, index n, const Affine<ty
 }
 
 template <class S, Activation A>
+FLATWATER_ONE_COPY
 GradientSums segment_sums(const S *dy, const S *x, const S *residual, index n, const Channel &channel) {
     using T = typename Element<S>::Compute;
     using Wide = typename Element<S>::Vector;
@@ -170,6 +184,7 @@ GradientSums segment_sums(const S *dy, const S *x, const S *residual, index n, c
 }
 
 template <class S, Activation A, bool streaming>
+FLATWATER_ONE_COPY
 void segment_gradient(const S *dy, const S *x, const S *residual, S *dx, S *dresidual, index n,
                       const Affine<typename Element<S>::Compute> &f,
                       const Gradient<typename Element<S>::Compute> &g) {

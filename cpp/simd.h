@@ -17,6 +17,15 @@ constexpr int vector_bytes = 32;
 constexpr int vector_bytes = 16;
 #endif
 
+// One compiled copy, wherever it is called from. Which multiplications and additions are fused is the
+// compiler's choice anew in each copy that it makes by inlining, and two roads to one result (whole
+// calls and halves, few channels and many) have to agree in every bit.
+#if defined(__clang__)
+#define FLATWATER_ONE_COPY [[gnu::noinline]]
+#else
+#define FLATWATER_ONE_COPY [[gnu::noinline, gnu::noclone]]
+#endif
+
 template <class T, int bytes = vector_bytes>
 struct VectorOf {
     typedef T type __attribute__((vector_size(bytes)));
@@ -25,29 +34,33 @@ using vfloat = VectorOf<float>::type;
 using vdouble = VectorOf<double>::type;
 
 template <class V>
-struct Lanes;  // scalar: the type of one lane; bits: the integers of its width; count: how many
+struct Lanes;  // scalar: the type of one lane; bits: integers of its width; count: how many; wide: as many doubles
 template <>
 struct Lanes<float> {
     using scalar = float;
     using bits = std::int32_t;
+    using wide = double;
     static constexpr int count = 1;
 };
 template <>
 struct Lanes<double> {
     using scalar = double;
     using bits = std::int64_t;
+    using wide = double;
     static constexpr int count = 1;
 };
 template <>
 struct Lanes<vfloat> {
     using scalar = float;
     using bits = VectorOf<std::int32_t>::type;
+    using wide = VectorOf<double, 2 * vector_bytes>::type;
     static constexpr int count = vector_bytes / 4;
 };
 template <>
 struct Lanes<vdouble> {
     using scalar = double;
     using bits = VectorOf<std::int64_t>::type;
+    using wide = vdouble;
     static constexpr int count = vector_bytes / 8;
 };
 
@@ -65,7 +78,15 @@ inline V splat(typename Lanes<V>::scalar value) {
 }
 
 template <class V>
-inline double sum_of_lanes(const V &v) {
+inline typename Lanes<V>::wide widen_lanes(const V &v) {
+    if constexpr (Lanes<V>::count == 1)
+        return v;
+    else
+        return __builtin_convertvector(v, typename Lanes<V>::wide);
+}
+
+template <class V, class Values>  // Values: V, or the doubles that it was widened to
+inline double sum_of_lanes(const Values &v) {
     if constexpr (Lanes<V>::count == 1) {
         return v;
     } else {

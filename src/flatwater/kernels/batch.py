@@ -11,7 +11,7 @@ between the halves; nothing else differs. z is computed again from x in the back
 nothing but the statistics has to be kept.
 
 Statistics and sums are float64 arrays of one value per channel, owned by the caller. Tensors are
-borrowed, share dtype, shape and layout, and may be empty: then a call does nothing. Every function
+borrowed, share dtype, shape and layout, and may be empty: then what a call fills is 0. Every function
 raises InputError where its arguments do not fit each other.
 """
 
@@ -20,7 +20,7 @@ from __future__ import annotations
 from flatwater.errors import InputError
 from flatwater.kernels import _cpu
 from flatwater.kernels.buffer import Buffer, Vector, address
-from flatwater.kernels.launch import Statistics, check_statistics, prepare
+from flatwater.kernels.launch import Statistics, check_statistics, prepare, run
 from flatwater.spec import Activation
 
 __all__ = [
@@ -39,7 +39,7 @@ def batch_statistics(x: Buffer, mean: Statistics, m2: Statistics) -> int:
     """First half of the forward pass: fill ``mean`` and ``m2``; returns the count behind them."""
     call = prepare(x)
     check_statistics(call, x.shape[1], mean=mean, m2=m2)
-    _cpu.batch_statistics(call)
+    run(_cpu.batch_statistics, call, x, mean=mean, m2=m2)
     return _count(x)
 
 
@@ -57,7 +57,7 @@ def batch_normalize(
     """Second half of the forward pass: ``y = act(γ·(x - mean)·inv_std + β + residual)``."""
     call = prepare(x, activation, weight=weight, bias=bias, y=y, residual=residual)
     check_statistics(call, x.shape[1], mean=mean, inv_std=inv_std)
-    _cpu.batch_normalize(call)
+    run(_cpu.batch_normalize, call, x)
 
 
 def batch_norm_forward(
@@ -77,7 +77,7 @@ def batch_norm_forward(
     call = prepare(x, activation, weight=weight, bias=bias, y=y, residual=residual)
     check_statistics(call, x.shape[1], mean=mean, m2=m2, inv_std=inv_std)
     call.epsilon = epsilon
-    _cpu.batch_norm_forward(call)
+    run(_cpu.batch_norm_forward, call, x, mean=mean, m2=m2, inv_std=inv_std)
     return _count(x)
 
 
@@ -97,7 +97,7 @@ def batch_gradient_sums(
     """First half of the backward pass: fill ``sum_dz`` (dβ) and ``sum_dz_xhat`` (dγ)."""
     call = prepare(x, activation, weight=weight, bias=bias, dy=dy, residual=residual)
     check_statistics(call, x.shape[1], mean=mean, inv_std=inv_std, sum_dz=sum_dz, sum_dz_xhat=sum_dz_xhat)
-    _cpu.batch_gradient_sums(call)
+    run(_cpu.batch_gradient_sums, call, x, sum_dz=sum_dz, sum_dz_xhat=sum_dz_xhat)
 
 
 def batch_input_gradient(
@@ -126,7 +126,7 @@ def batch_input_gradient(
     check_statistics(call, x.shape[1], mean=mean, inv_std=inv_std, sum_dz=sum_dz, sum_dz_xhat=sum_dz_xhat)
     call.count = count
     if dx is not None or dresidual is not None:
-        _cpu.batch_input_gradient(call)
+        run(_cpu.batch_input_gradient, call, x)
 
 
 def batch_norm_backward(
@@ -153,7 +153,7 @@ def batch_norm_backward(
     call = prepare(x, activation, weight=weight, bias=bias, dy=dy, dx=dx, residual=residual, dresidual=dresidual)
     check_statistics(call, x.shape[1], mean=mean, inv_std=inv_std, sum_dz=sum_dz, sum_dz_xhat=sum_dz_xhat)
     call.count = 0 if frozen else _count(x)
-    _cpu.batch_norm_backward(call)
+    run(_cpu.batch_norm_backward, call, x, sum_dz=sum_dz, sum_dz_xhat=sum_dz_xhat)
 
 
 def update_running(
@@ -180,8 +180,11 @@ def update_running(
             f"running statistics of {size} and {running_variance.size} values do not fit "
             f"batch statistics of {mean.size} and {m2.size}; give one value per channel, of one dtype"
         )
-    if mean.dtype != "float64" or m2.dtype != "float64":
-        raise InputError(f"batch statistics are float64 arrays, not {mean.dtype} and {m2.dtype}")
+    if any(array.dtype != "float64" or not array.flags.c_contiguous for array in (mean, m2)):
+        raise InputError(
+            f"batch statistics of dtype {mean.dtype} and {m2.dtype} must be dense float64 arrays; "
+            "use numpy.ascontiguousarray"
+        )
     _cpu.update_running(
         running_mean.pointer,
         running_variance.pointer,

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from flatwater.kernels import _cpu
 from flatwater.kernels.buffer import Buffer, Vector
-from flatwater.kernels.launch import Statistics, check_groups, check_statistics, prepare
+from flatwater.kernels.launch import Statistics, check_groups, check_statistics, prepare, run
 from flatwater.spec import Activation
 
 __all__ = ["group_norm_backward", "group_norm_forward", "group_normalize", "group_statistics"]
@@ -28,7 +28,7 @@ def group_statistics(x: Buffer, groups: int, mean: Statistics, m2: Statistics) -
     call = prepare(x)
     call.groups = groups
     check_statistics(call, x.shape[0] * groups, mean=mean, m2=m2)
-    _cpu.group_statistics(call)
+    run(_cpu.group_statistics, call, x, mean=mean, m2=m2)
     return x.shape[1] // groups * x.shape[2]
 
 
@@ -49,7 +49,7 @@ def group_normalize(
     call = prepare(x, activation, weight=weight, bias=bias, y=y, residual=residual)
     call.groups = groups
     check_statistics(call, x.shape[0] * groups, mean=mean, inv_std=inv_std)
-    _cpu.group_normalize(call)
+    run(_cpu.group_normalize, call, x)
 
 
 def group_norm_forward(
@@ -72,7 +72,7 @@ def group_norm_forward(
     call.groups = groups
     call.epsilon = epsilon
     check_statistics(call, x.shape[0] * groups, mean=mean, m2=m2, inv_std=inv_std)
-    _cpu.group_norm_forward(call)
+    run(_cpu.group_norm_forward, call, x, mean=mean, m2=m2, inv_std=inv_std)
 
 
 def group_norm_backward(
@@ -97,4 +97,4 @@ def group_norm_backward(
     call.groups = groups
     check_statistics(call, x.shape[0] * groups, mean=mean, inv_std=inv_std)
     check_statistics(call, x.shape[1], sum_dz=sum_dz, sum_dz_xhat=sum_dz_xhat)
-    _cpu.group_norm_backward(call)
+    run(_cpu.group_norm_backward, call, x, sum_dz=sum_dz, sum_dz_xhat=sum_dz_xhat)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +13,17 @@ from flatwater.kernels import _cpu
 from flatwater.kernels.buffer import DTYPES, Buffer, Vector, address
 from flatwater.spec import ACTIVATIONS, Activation
 
-__all__ = ["Statistics", "available", "check_groups", "check_statistics", "isa", "prepare", "set_threads", "threads"]
+__all__ = [
+    "Statistics",
+    "available",
+    "check_groups",
+    "check_statistics",
+    "isa",
+    "prepare",
+    "run",
+    "set_threads",
+    "threads",
+]
 
 Statistics = npt.NDArray[np.float64]
 
@@ -108,6 +119,22 @@ def check_groups(x: Buffer, groups: int) -> None:
     """Raise InputError unless the channels of ``x`` divide into ``groups``."""
     if groups < 1 or x.shape[1] % groups:
         raise InputError(f"groups={groups} does not divide the {x.shape[1]} channels; choose a divisor")
+
+
+def run(kernel: Callable[[_cpu.Call], None], call: _cpu.Call, x: Buffer, **filled: Statistics) -> None:
+    """Run the kernel, which fills these arrays; over no elements, all that it fills is a sum of 0.
+
+    Raises:
+        InputError: an array that is to be filled is read-only.
+    """
+    for name, array in filled.items():
+        if not array.flags.writeable:
+            raise InputError(f"{name} is a read-only array of {array.size} values, but is to be filled; pass a copy")
+    if 0 not in x.shape:
+        kernel(call)
+        return
+    for array in filled.values():
+        array.fill(0.0)
 
 
 def _is_double(vector: Vector, name: str, channels: int) -> bool:
