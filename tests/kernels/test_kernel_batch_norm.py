@@ -1,0 +1,255 @@
+"""Batch norm kernels against the oracle: values, gradients, the two halves, and what may be left out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_harness import (
+    DTYPES,
+    EPSILON,
+    SHAPES,
+    Moments,
+    Sums,
+    assert_guards,
+    backward,
+    check_backward,
+    check_forward,
+    forward,
+    like,
+    make_case,
+    oracle_forward,
+    place,
+    same_bits,
+)
+
+from flatwater import kernels, reference
+from flatwater.spec import ACTIVATIONS, Activation
+
+LAYOUTS = pytest.mark.parametrize("channels_last", [False, True], ids=["NCL", "NLC"])
+EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES)
+EVERY_ACTIVATION = pytest.mark.parametrize("activation", ACTIVATIONS)
+
+cases = st.builds(
+    make_case,
+    st.tuples(st.integers(1, 5), st.integers(1, 70), st.integers(1, 70)),
+    st.sampled_from(DTYPES),
+    channels_last=st.booleans(),
+    activation=st.sampled_from(ACTIVATIONS),
+    residual=st.booleans(),
+    affine=st.booleans(),
+    offset=st.integers(0, 17),
+    seed=st.integers(0, 2**32 - 1),
+)
+
+
+@EVERY_ACTIVATION
+@LAYOUTS
+@EVERY_DTYPE
+def test_forward_and_backward_are_the_oracles(dtype: str, channels_last: bool, activation: Activation) -> None:
+    for seed, (shape, residual) in enumerate(product(SHAPES, [False, True])):
+        case = make_case(shape, dtype, channels_last=channels_last, activation=activation, residual=residual, seed=seed)
+        check_forward(case)
+        check_backward(case)
+        check_backward(case, frozen=True)
+
+
+@given(cases, st.integers(0, 17))
+@settings(max_examples=150, deadline=None)
+def test_any_shape_at_any_address(case, offset) -> None:
+    check_forward(case, offset=offset)
+    check_backward(case, offset=offset)
+    check_backward(case, frozen=True, offset=offset)
+
+
+@LAYOUTS
+def test_tensors_beyond_every_cache(channels_last: bool) -> None:
+    """16 MiB and more are written past the caches, in code of their own; here off every alignment."""
+    case = make_case((3, 5, 299_993), channels_last=channels_last, activation="relu", residual=True, offset=3, seed=1)
+    check_forward(case, offset=5)
+    check_backward(case, offset=7)
+
+
+@EVERY_DTYPE
+@LAYOUTS
+def test_two_halves_make_a_whole_bit_for_bit(channels_last: bool, dtype: str) -> None:
+    for shape, residual in product(SHAPES, [False, True]):
+        case = make_case(shape, dtype, channels_last=channels_last, activation="relu6", residual=residual)
+        whole, moments = forward(case)
+        mean, m2 = like(moments.mean), like(moments.m2)
+        count = kernels.batch_statistics(case.buffer(case.x), mean, m2)
+        assert count == shape[0] * shape[2]
+        assert same_bits(mean, moments.mean)
+        assert same_bits(m2, moments.m2)
+
+        y = like(case.x)
+        kernels.batch_normalize(case.buffer(case.x), case.buffer(y), **moments.normalizing(), **case.given())
+        assert same_bits(y, whole)
+
+        expected = backward(case, moments)
+        sums = Sums.empty(case.channels)
+        given_ = moments.normalizing() | case.given() | sums.given()
+        kernels.batch_gradient_sums(case.buffer(case.dy), case.buffer(case.x), **given_)
+        assert same_bits(sums.dz, expected.sums.dz)
+        assert same_bits(sums.dz_xhat, expected.sums.dz_xhat)
+
+        dx, dresidual = like(case.x), like(case.x)
+        outputs = case.buffer(dx), case.buffer(dresidual) if residual else None
+        kernels.batch_input_gradient(case.buffer(case.dy), case.buffer(case.x), *outputs, **given_, count=count)
+        assert_guards(y, dx, dresidual, mean, m2, sums.dz, sums.dz_xhat)
+        assert same_bits(dx, expected.dx)
+        assert not residual or same_bits(dresidual, expected.dresidual)
+
+
+def test_statistics_of_parts_are_what_a_collective_combines() -> None:
+    """SyncBatchNorm: halves on two processes, statistics and sums exchanged between, equal one process."""
+    whole = make_case((6, 7, 41), "float64", activation="swish", residual=True)
+    expected_y, moments = forward(whole)
+    expected = backward(whole, moments)
+
+    parts = [
+        replace(whole, **{name: np.ascontiguousarray(getattr(whole, name)[rows]) for name in ("x", "dy", "residual")})
+        for rows in (slice(0, 2), slice(2, 6))
+    ]
+    local = [forward(part)[1] for part in parts]
+    counts = np.array([part.x.shape[0] * 41 for part in parts])[:, None]
+    means, m2s = np.stack([each.mean for each in local]), np.stack([each.m2 for each in local])
+    mean = (counts * means).sum(0) / counts.sum()
+    m2 = (m2s + counts * (means - mean) ** 2).sum(0)
+    together = Moments(mean, m2, 1 / np.sqrt(m2 / counts.sum() + EPSILON))
+
+    # 1e-12: float64 sums in another order.
+    np.testing.assert_allclose(together.m2, moments.m2, rtol=1e-12)
+    total, part_sums = Sums(np.zeros(7), np.zeros(7)), []
+    for part in parts:
+        sums = Sums.empty(7)
+        given_ = together.normalizing() | part.given() | sums.given()
+        kernels.batch_gradient_sums(part.buffer(part.dy), part.buffer(part.x), **given_)
+        part_sums.append(sums)
+    total = Sums(sum(each.dz for each in part_sums), sum(each.dz_xhat for each in part_sums))
+
+    for part, rows in zip(parts, (slice(0, 2), slice(2, 6)), strict=True):
+        y, dx = like(part.x), like(part.x)
+        kernels.batch_normalize(part.buffer(part.x), part.buffer(y), **together.normalizing(), **part.given())
+        given_ = together.normalizing() | part.given() | total.given()
+        kernels.batch_input_gradient(
+            part.buffer(part.dy), part.buffer(part.x), part.buffer(dx), None, **given_, count=int(counts.sum())
+        )
+        np.testing.assert_allclose(y, expected_y[rows], rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(dx, expected.dx[rows], rtol=1e-12, atol=1e-12)
+
+
+@LAYOUTS
+def test_a_gradient_that_is_not_asked_for_changes_no_other(channels_last: bool) -> None:
+    for shape in SHAPES:
+        case = make_case(shape, channels_last=channels_last, activation="hardswish", residual=True)
+        moments = forward(case)[1]
+        everything = backward(case, moments)
+        for want_dx, want_dresidual in [(True, False), (False, True), (False, False)]:
+            some = backward(case, moments, want_dx=want_dx, want_dresidual=want_dresidual)
+            assert same_bits(some.sums.dz, everything.sums.dz)
+            assert same_bits(some.sums.dz_xhat, everything.sums.dz_xhat)
+            assert not want_dx or same_bits(some.dx, everything.dx)
+            assert not want_dresidual or same_bits(some.dresidual, everything.dresidual)
+
+
+@LAYOUTS
+@EVERY_DTYPE
+def test_no_parameters_are_ones_and_zeros(dtype: str, channels_last: bool) -> None:
+    plain = make_case((3, 21, 50), dtype, channels_last=channels_last, activation="swish", affine=False)
+    parameters = np.float64 if dtype == "float64" else np.float32
+    ones, zeros = np.ones(21, parameters), np.zeros(21, parameters)
+    for spelled_out in (
+        replace(plain, weight=ones, bias=zeros),
+        replace(plain, weight=ones),
+        replace(plain, bias=zeros),
+    ):
+        (y, moments), (expected, _) = forward(spelled_out), forward(plain)
+        assert same_bits(y, expected)
+        one, other = backward(spelled_out, moments), backward(plain, moments)
+        assert same_bits(one.dx, other.dx)
+        assert same_bits(one.sums.dz_xhat, other.sums.dz_xhat)
+
+
+@LAYOUTS
+@EVERY_DTYPE
+@pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4), (2, 3, 0), (0, 0, 0)], ids=str)
+def test_no_elements_are_no_work(shape: tuple[int, int, int], dtype: str, channels_last: bool) -> None:
+    case = make_case(shape, dtype, channels_last=channels_last, residual=True)
+    y, moments = like(case.x), Moments.empty(case.channels)
+    given_ = case.given() | moments.all() | {"epsilon": EPSILON}
+    count = kernels.batch_norm_forward(case.buffer(case.x), case.buffer(y), **given_)
+    assert count == kernels.batch_statistics(case.buffer(case.x), moments.mean, moments.m2) == 0
+    assert moments.mean.tolist() == moments.m2.tolist() == [0.0] * case.channels
+    sums = backward(case, Moments(*(np.zeros(case.channels) for _ in range(3)))).sums
+    assert sums.dz.tolist() == sums.dz_xhat.tolist() == [0.0] * case.channels
+
+
+@LAYOUTS
+@pytest.mark.parametrize("value", [0.0, 1.0, -3.7, 12345.678, 3e-39])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_constant_channel_is_normalized_to_its_bias(shape, value: float, channels_last: bool) -> None:
+    case = make_case(shape, channels_last=channels_last, seed=3)
+    constant = replace(case, x=place(np.full(case.x.shape, value), np.float32))
+    y, moments = forward(constant)
+    bias = case.bias if channels_last else case.bias[:, None]
+    # √ε = 3e-3 divides what rounding leaves of x - mean, which is at most an ulp of x in 100.
+    np.testing.assert_allclose(y, np.broadcast_to(bias, y.shape), rtol=1e-6, atol=1e-7 + abs(value) * 4e-7)
+    np.testing.assert_allclose(moments.mean, np.float64(np.float32(value)), rtol=1e-9)
+    assert (moments.m2 >= 0).all()
+    check_backward(constant)
+
+
+@LAYOUTS
+@EVERY_DTYPE
+def test_denormal_inputs(dtype: str, channels_last: bool) -> None:
+    case = make_case((4, 9, 60), dtype, channels_last=channels_last)
+    tiny = 20 * float(np.finfo(np.float32).smallest_subnormal) if dtype == "bfloat16" else None
+    scale = tiny or 20 * float(np.finfo(dtype).smallest_subnormal)
+    x = place(np.random.default_rng(0).integers(-9, 9, case.x.shape) * scale, case.x.dtype)
+    denormal = replace(case, x=x, bias=None, weight=None)
+    y, _ = forward(denormal)
+    expected = oracle_forward(denormal).y
+    # Nothing is known to less than a unit of the smallest number, the mean is rounded to it a few times where the
+    # samples are put together, and 1 / √ε magnifies that 316 times.
+    np.testing.assert_allclose(y.astype(np.float64), expected, rtol=0.01, atol=4 * 316 * scale / 20)
+
+
+@LAYOUTS
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s[1] > 1], ids=str)
+def test_poison_stays_in_its_channel_and_fills_it(shape, poison: float, channels_last: bool) -> None:
+    clean = make_case(shape, channels_last=channels_last, activation="relu", seed=5)
+    channel, x = shape[1] // 2, clean.x.copy()
+    x[(0, 0, channel) if channels_last else (0, channel, 0)] = poison
+    poisoned = replace(clean, x=x)
+
+    (y, moments), (clean_y, clean_moments) = forward(poisoned), forward(clean)
+    dx, clean_dx = backward(poisoned, moments).dx, backward(clean, clean_moments).dx
+    for dirty, untouched in [(y, clean_y), (dx, clean_dx)]:
+        first, second = (np.moveaxis(array, clean.axis, 0) for array in (dirty, untouched))
+        others = np.arange(shape[1]) != channel
+        assert same_bits(first[others], second[others])
+        assert np.isnan(first[channel]).all()
+    assert np.isnan(moments.inv_std[channel])
+
+
+@EVERY_DTYPE
+@LAYOUTS
+@pytest.mark.parametrize("inner", [3, 512])
+@EVERY_ACTIVATION
+def test_slopes_exactly_at_the_kinks(activation: Activation, inner: int, channels_last: bool, dtype: str) -> None:
+    """With constant statistics of 0 and 1, z is x, and x sits on the kinks."""
+    case = make_case((5, 6, inner), dtype, channels_last=channels_last, activation=activation, affine=False)
+    x = np.resize(np.array([-3.0, 0.0, 3.0, 6.0, -0.0, 1.0, -7.0]), case.x.shape)
+    case = replace(case, x=place(x, case.x.dtype))
+    actual = backward(case, Moments(np.zeros(6), np.zeros(6), np.ones(6)), frozen=True, want_dresidual=True)
+    expected = reference.activation_gradient(activation, x) * case.dy.astype(np.float64)
+    # One rounding to the dtype of a product computed in float32 (float64 for float64).
+    rtol = {"float32": 1e-6, "float64": 1e-14, "bfloat16": 2.0**-8, "float16": 2.0**-10}[dtype]
+    np.testing.assert_allclose(actual.dx.astype(np.float64), expected.astype(np.float64), rtol=rtol, atol=1e-7)
+    assert same_bits(actual.dx, actual.dresidual)

@@ -1,0 +1,117 @@
+"""What may not change a result: how many threads run, which call they run in; and every instruction set."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from kernel_harness import Case, backward, forward, make_case, same_bits
+
+from flatwater import kernels
+
+# Each large enough for a team of threads: channels as tasks, planes as tasks (few channels), rows of small
+# planes, many rows of few columns, one sample.
+SHAPES = ((4, 24, 333), (7, 2, 1999), (31, 40, 49), (3001, 9, 1), (1, 64, 300))
+BATCH_AND_GROUPS = pytest.mark.parametrize("groups", [None, 1, -1], ids=["batch", "layer", "instance"])
+
+
+@pytest.fixture(autouse=True)
+def _threads_as_before() -> Iterator[None]:
+    before = kernels.threads()
+    yield
+    kernels.set_threads(before)
+
+
+def bits(case: Case) -> list[np.ndarray]:
+    y, moments = forward(case)
+    gradients = backward(case, moments)
+    halves = [np.zeros(case.sets), np.zeros(case.sets)]
+    if case.groups is None:
+        kernels.batch_statistics(case.buffer(case.x), *halves)
+    return [
+        y, moments.mean, moments.m2, moments.inv_std, *halves,
+        gradients.dx, gradients.dresidual, gradients.sums.dz, gradients.sums.dz_xhat,
+    ]  # fmt: skip
+
+
+@BATCH_AND_GROUPS
+@pytest.mark.parametrize("channels_last", [False, True], ids=["NCL", "NLC"])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+def test_the_same_bits_for_any_number_of_threads(dtype: str, channels_last: bool, groups: int | None) -> None:
+    for shape in SHAPES:
+        case = make_case(
+            shape,
+            dtype,
+            channels_last=channels_last,
+            activation="swish",
+            residual=True,
+            groups=shape[1] if groups == -1 else groups,
+        )
+        kernels.set_threads(1)
+        alone = bits(case)
+        for threads in (2, 3, 5, 8):
+            kernels.set_threads(threads)
+            assert kernels.threads() == threads
+            assert all(same_bits(one, other) for one, other in zip(bits(case), alone, strict=True)), (shape, threads)
+
+
+def test_calls_at_the_same_time_do_not_meet() -> None:
+    """The interpreter's lock is released, so Python threads run kernels side by side."""
+    cases = [make_case((5, 31, 211), activation="relu", residual=True, seed=seed) for seed in range(8)]
+    expected = [bits(case) for case in cases]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            for actual, alone in zip(pool.map(bits, cases), expected, strict=True):
+                assert all(same_bits(one, other) for one, other in zip(actual, alone, strict=True))
+
+
+# --- Instruction sets ------------------------------------------------------------------------------------
+
+FLAGS = {"baseline": set(), "avx2": {"avx2", "fma"}, "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"}}
+
+CHECK_EVERYTHING = """
+from itertools import product
+from flatwater import kernels
+from flatwater.spec import ACTIVATIONS
+from kernel_harness import DTYPES, SHAPES, check_backward, check_forward, make_case
+assert kernels.isa() == {isa!r}, kernels.isa()
+for seed, (dtype, activation, channels_last) in enumerate(product(DTYPES, ACTIVATIONS, [False, True])):
+    for shape in SHAPES:
+        for groups in (None, 1):
+            case = make_case(shape, dtype, channels_last=channels_last, activation=activation,
+                             residual=seed % 3 > 0, groups=groups, offset=seed % 5, seed=seed)
+            check_forward(case, offset=seed % 7)
+            check_backward(case, frozen=groups is None and seed % 4 == 0, offset=seed % 3)
+"""
+
+
+def run_under(isa: str, code: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"FLATWATER_ISA": isa, "PYTHONPATH": path}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("isa", FLAGS)
+def test_every_instruction_set_is_right(isa: str) -> None:
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = set(cpuinfo.read_text(encoding="utf-8").split()) if cpuinfo.exists() else set()
+    if not flags >= FLAGS[isa]:
+        pytest.skip(f"this processor does not run {isa}")
+    result = run_under(isa, CHECK_EVERYTHING.format(isa=isa))
+    assert result.returncode == 0, result.stderr
+
+
+def test_an_instruction_set_that_is_not_there_is_named() -> None:
+    code = (
+        "from flatwater import kernels, errors\n"
+        "try:\n    kernels.isa()\nexcept errors.BackendError as error:\n    print(error)"
+    )
+    result = run_under("mmx", code)
+    assert result.returncode == 0, result.stderr
+    assert "mmx" in result.stdout
