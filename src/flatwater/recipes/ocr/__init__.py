@@ -1,0 +1,3 @@
+"""Chinese text lines, from fonts to a deployed recogniser. Importing this package imports nothing heavy."""
+
+__all__: list[str] = []
