@@ -19,7 +19,7 @@ import numpy as np
 from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
 from flatwater.recipes.ocr.results import Distribution, LayerNorms, NormSample
 
@@ -200,6 +200,9 @@ def _plain(value: float, _: int | None) -> str:
 
 def _log_axis(axes: Axes) -> None:
     axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    within = [1.0, 2.0, 5.0] if high < 30 * low else [1.0, 3.0] if high < 1000 * low else [1.0]
+    axes.yaxis.set_major_locator(LogLocator(subs=within, numticks=6))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(_plain))
 
