@@ -15,7 +15,8 @@ from paddle.autograd import PyLayer
 
 from flatwater import kernels
 from flatwater.kernels import Buffer, Statistics, Vector
-from flatwater.paddle.composite import composite_norm
+from flatwater.paddle.composite import composite_gradients
+from flatwater.paddle.pruning import asked_for
 from flatwater.spec import Activation
 
 __all__ = ["BatchNormCall", "GroupNormCall", "batch_norm", "group_norm", "running_statistics", "update_running"]
@@ -139,10 +140,12 @@ class _Norm(PyLayer):
 
     @staticmethod
     def keep(ctx, call, x, weight, bias, residual):
+        tensors = (x, weight, bias, residual)
         ctx.call = call
-        ctx.given = [tensor is not None for tensor in (x, weight, bias, residual)]
-        # Hooks on saved tensors (recompute, offloading) must see them, so they are saved as tensors.
-        ctx.save_for_backward(*[tensor for tensor in (x, weight, bias, residual) if tensor is not None])
+        ctx.given = [tensor is not None for tensor in tensors]
+        # Asked now: a tensor that comes back from a hook (recompute, offloading) has forgotten it.
+        ctx.needed = [tensor is not None and not tensor.stop_gradient for tensor in tensors]
+        ctx.save_for_backward(*[tensor for tensor in tensors if tensor is not None])
 
     @staticmethod
     def kept(ctx):
@@ -157,11 +160,12 @@ class _Norm(PyLayer):
         """
         tensors = _Norm.kept(ctx)
         x, weight, bias, residual = tensors
-        needed = [tensor is not None and not tensor.stop_gradient for tensor in tensors]
+        call = ctx.call
+        needed = [need and asked for need, asked in zip(ctx.needed, asked_for(tensors), strict=True)]
         if paddle.is_grad_enabled():
             # A gradient that will itself be differentiated has to consist of Paddle's operators.
-            return _Norm.differentiable_gradients(ctx, dy, tensors, needed)
-        call = ctx.call
+            found = composite_gradients(dy, x, weight, bias, residual, call)
+            return _Norm.in_order(ctx, found, needed)
         x, dy = x.contiguous(), dy.contiguous()
         residual = None if residual is None else residual.contiguous()
         dx = paddle.empty_like(x) if needed[0] else None
@@ -182,17 +186,13 @@ class _Norm(PyLayer):
         )
         dweight = _stored(sum_dz_xhat, weight) if needed[1] else None
         dbias = _stored(sum_dz, bias) if needed[2] else None
-        found = (dx, dweight, dbias, dresidual)
-        return tuple(gradient for gradient, given in zip(found, ctx.given, strict=True) if given)
+        return _Norm.in_order(ctx, (dx, dweight, dbias, dresidual), needed)
 
     @staticmethod
-    def differentiable_gradients(ctx, dy, tensors, needed):
-        x, weight, bias, residual = tensors
-        wanted = [tensor for tensor, need in zip(tensors, needed, strict=True) if need]
-        y = composite_norm(x, weight, bias, residual, ctx.call)
-        found = iter(paddle.grad([y], wanted, [dy], create_graph=True))
-        gradients = [next(found) if need else None for need in needed]
-        return tuple(gradient for gradient, given in zip(gradients, ctx.given, strict=True) if given)
+    def in_order(ctx, gradients, needed):
+        """One gradient for each tensor that forward was given, None for those that need none."""
+        each = zip(gradients, ctx.given, needed, strict=True)
+        return tuple(gradient if needed else None for gradient, given, needed in each if given)
 
 
 class _BatchNorm(PyLayer):
@@ -221,9 +221,7 @@ class _BatchNorm(PyLayer):
         call = ctx.call
 
         def launch(*buffers, **settings):
-            kernels.batch_norm_backward(
-                *buffers, mean=call.mean, inv_std=call.inv_std, frozen=call.frozen, **settings
-            )
+            kernels.batch_norm_backward(*buffers, mean=call.mean, inv_std=call.inv_std, frozen=call.frozen, **settings)
 
         return _Norm.gradients(ctx, dy, launch)
 
@@ -254,9 +252,7 @@ class _GroupNorm(PyLayer):
         call = ctx.call
 
         def launch(*buffers, **settings):
-            kernels.group_norm_backward(
-                *buffers, groups=call.groups, mean=call.mean, inv_std=call.inv_std, **settings
-            )
+            kernels.group_norm_backward(*buffers, groups=call.groups, mean=call.mean, inv_std=call.inv_std, **settings)
 
         return _Norm.gradients(ctx, dy, launch)
 

@@ -14,6 +14,7 @@ __all__ = ["Backend", "choose_backend", "is_replay"]
 Backend = Literal["flatwater", "paddle"]
 
 
+@paddle.jit.not_to_static
 def choose_backend(x: paddle.Tensor, parameters: list[paddle.Tensor], *, training: bool) -> Backend:
     """``"flatwater"`` for training in plain dynamic mode on the CPU, else ``"paddle"``.
 
@@ -30,6 +31,7 @@ def choose_backend(x: paddle.Tensor, parameters: list[paddle.Tensor], *, trainin
     return "flatwater" if available(str(x.dtype).removeprefix("paddle.")) else "paddle"
 
 
+@paddle.jit.not_to_static
 def is_replay() -> bool:
     """Whether this forward pass is ``recompute`` doing it again for the backward pass.
 

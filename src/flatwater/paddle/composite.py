@@ -1,7 +1,8 @@
-"""The norms written in Paddle's elementary operators: slow, but differentiable any number of times.
+"""Activations and gradients written in Paddle's own operators.
 
-Gradients that are differentiated again (gradient penalties, ``paddle.grad(create_graph=True)``)
-take this road; everything else takes the kernels or Paddle's fused operators.
+Gradients that are differentiated again (gradient penalties, ``paddle.grad(create_graph=True)``) take
+this road: slow, but every operator on it has a gradient of its own. Everything else takes the kernels
+or Paddle's fused operators.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from flatwater.spec import Activation
 if TYPE_CHECKING:
     from flatwater.paddle.autograd import BatchNormCall, GroupNormCall
 
-__all__ = ["activate", "composite_norm"]
+__all__ = ["activate", "composite_gradients"]
 
 _ACTIVATIONS = {
     "relu": F.relu,
@@ -32,39 +33,68 @@ def activate(z: paddle.Tensor, activation: Activation) -> paddle.Tensor:
     return z if activation == "none" else _ACTIVATIONS[activation](z)
 
 
-def composite_norm(
+def composite_gradients(
+    dy: paddle.Tensor,
     x: paddle.Tensor,
     weight: paddle.Tensor | None,
     bias: paddle.Tensor | None,
     residual: paddle.Tensor | None,
     call: BatchNormCall | GroupNormCall,
-) -> paddle.Tensor:
-    """What the kernels compute for ``call``, as a graph of elementary operators."""
+) -> tuple[paddle.Tensor, ...]:
+    """The gradients for x, γ, β and the residual, as differentiable functions of ``dy`` and of each of them.
+
+    With dz = dy·act'(z), and means over everything that shares statistics,
+
+        dx = (γ·dz - mean(γ·dz) - x̂·mean(γ·dz·x̂))·inv_std        dγ = Σdz·x̂        dβ = Σdz
+
+    and only ``γ·dz·inv_std`` for frozen statistics.
+    """
     axis = x.ndim - 1 if call.channels_last else 1
-    shape = [1] * x.ndim
-    shape[axis] = x.shape[axis]
-    groups = getattr(call, "groups", None)
-    if groups is not None:
-        normalized = _normalized_by_group(x, groups, axis, call.epsilon)
-    elif call.frozen:
-        mean = paddle.to_tensor(call.mean.astype("float64")).astype(x.dtype).reshape(shape)
-        inv_std = paddle.to_tensor(call.inv_std.astype("float64")).astype(x.dtype).reshape(shape)
-        normalized = (x - mean) * inv_std
-    else:
-        normalized = _normalized(x, [i for i in range(x.ndim) if i != axis], call.epsilon)
-    z = normalized if weight is None else normalized * weight.reshape(shape)
-    z = z if bias is None else z + bias.reshape(shape)
-    z = z if residual is None else z + residual
-    return activate(z, call.activation)
-
-
-def _normalized(x: paddle.Tensor, axes: list[int], epsilon: float) -> paddle.Tensor:
-    centred = x - x.mean(axes, keepdim=True)
-    return centred * paddle.rsqrt((centred * centred).mean(axes, keepdim=True) + epsilon)
-
-
-def _normalized_by_group(x: paddle.Tensor, groups: int, axis: int, epsilon: float) -> paddle.Tensor:
     channels = x.shape[axis]
-    split = [*x.shape[:axis], groups, channels // groups, *x.shape[axis + 1 :]]
-    axes = [i for i in range(1, len(split)) if i != axis]
-    return _normalized(x.reshape(split), axes, epsilon).reshape(x.shape)
+    groups = getattr(call, "groups", None)
+    frozen = getattr(call, "frozen", False)
+    # Seen as (samples, groups, channels of a group, inner ...), statistics are over all but the kept axes.
+    split = [*x.shape[:axis], groups or channels, channels // (groups or channels), *x.shape[axis + 1 :]]
+    kept = (axis,) if groups is None else (0, axis)
+    shared = [i for i in range(len(split)) if i not in kept]
+    per_channel = [i for i in range(len(split)) if i not in (axis, axis + 1)]
+    affine = [size if i in (axis, axis + 1) else 1 for i, size in enumerate(split)]
+
+    x, dy = x.reshape(split), dy.reshape(split)
+    if frozen:
+        mean, inv_std = (paddle.to_tensor(value).astype(x.dtype).reshape(affine) for value in (call.mean, call.inv_std))
+    else:
+        mean = x.mean(shared, keepdim=True)
+        inv_std = paddle.rsqrt((x - mean).square().mean(shared, keepdim=True) + call.epsilon)
+    xhat = (x - mean) * inv_std
+    gamma = 1.0 if weight is None else weight.reshape(affine)
+    z = xhat * gamma if bias is None else xhat * gamma + bias.reshape(affine)
+    z = z if residual is None else z + residual.reshape(split)
+    dz = dy * _slope(z, call.activation)
+    dxhat = gamma * dz
+    if not frozen:
+        dxhat = dxhat - dxhat.mean(shared, keepdim=True) - xhat * (dxhat * xhat).mean(shared, keepdim=True)
+    shape = [*split[:axis], channels, *split[axis + 2 :]]
+    return (
+        (dxhat * inv_std).reshape(shape),
+        (dz * xhat).sum(per_channel).reshape([channels]),
+        dz.sum(per_channel).reshape([channels]),
+        dz.reshape(shape),
+    )
+
+
+def _slope(z: paddle.Tensor, activation: Activation) -> paddle.Tensor | float:
+    """act'(z); at a kink what Paddle takes."""
+    match activation:
+        case "relu":
+            return (z > 0).astype(z.dtype)
+        case "relu6":
+            return paddle.logical_and(z > 0, z < 6).astype(z.dtype)
+        case "leaky_relu":
+            return paddle.where(z >= 0, paddle.ones_like(z), paddle.full_like(z, 0.01))
+        case "hardswish":
+            return paddle.where(z <= -3, paddle.zeros_like(z), paddle.where(z >= 3, paddle.ones_like(z), z / 3 + 0.5))
+        case "swish":
+            s = F.sigmoid(z)
+            return s + z * s * (1 - s)
+    return 1.0

@@ -83,7 +83,9 @@ def revert(model: paddle.nn.Layer) -> ConversionReport:
         if type(layer) not in stock:
             continue
         if layer._act and stock[type(layer)] is not paddle.nn.BatchNorm:
-            report.left[path] = f"act={layer._act!r} is fused into it; paddle.nn.{type(layer).__name__} has no activation"
+            report.left[path] = (
+                f"act={layer._act!r} is fused into it; paddle.nn.{type(layer).__name__} has no activation"
+            )
             continue
         layer.__class__ = stock[type(layer)]
         report.changed.append(path)

@@ -91,7 +91,9 @@ class _Norm(paddle.nn.Layer):
         return self.weight, self.bias
 
     def _norm_tensors(self) -> list[paddle.Tensor]:
-        return [tensor for tensor in self._affine() if tensor is not None]
+        """Parameters and moving statistics, as far as the layer has them."""
+        tensors = (*self._affine(), getattr(self, "_mean", None), getattr(self, "_variance", None))
+        return [tensor for tensor in tensors if tensor is not None]
 
     def _label(self) -> str:
         return f"{type(self).__name__} {self.full_name()!r}"
@@ -158,9 +160,6 @@ class _BatchNorm(_Norm):
     def _channels(self) -> int:
         return int(self._mean.shape[0])
 
-    def _norm_tensors(self) -> list[paddle.Tensor]:
-        return [*super()._norm_tensors(), self._mean, self._variance]
-
     def _by_batch(self) -> bool:
         """Whether a call now normalizes by its batch (and moves the moving statistics)."""
         learning = self.training or bool(getattr(self, "_trainable_statistics", False))
@@ -204,9 +203,7 @@ class _BatchNorm(_Norm):
             "or single_value='passthrough' to hand x through as Paddle does"
         )
 
-    def _kernel_batch_norm(
-        self, x: paddle.Tensor, residual: paddle.Tensor | None, *, by_batch: bool
-    ) -> paddle.Tensor:
+    def _kernel_batch_norm(self, x: paddle.Tensor, residual: paddle.Tensor | None, *, by_batch: bool) -> paddle.Tensor:
         spec = self._spec()
         settings: dict[str, Any] = {
             "channels_last": self._channels_last(),
@@ -260,9 +257,7 @@ class BatchNorm1D(_BatchNorm, paddle.nn.BatchNorm1D):
 
     _ranks = (2, 3)
 
-    def __init__(
-        self, *args: Any, act: str | None = None, single_value: SingleValue = "error", **kwargs: Any
-    ) -> None:
+    def __init__(self, *args: Any, act: str | None = None, single_value: SingleValue = "error", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._extend(act, single_value)
 
@@ -273,9 +268,7 @@ class BatchNorm2D(_BatchNorm, paddle.nn.BatchNorm2D):
 
     _ranks = (4,)
 
-    def __init__(
-        self, *args: Any, act: str | None = None, single_value: SingleValue = "error", **kwargs: Any
-    ) -> None:
+    def __init__(self, *args: Any, act: str | None = None, single_value: SingleValue = "error", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._extend(act, single_value)
 
@@ -286,9 +279,7 @@ class BatchNorm3D(_BatchNorm, paddle.nn.BatchNorm3D):
 
     _ranks = (5,)
 
-    def __init__(
-        self, *args: Any, act: str | None = None, single_value: SingleValue = "error", **kwargs: Any
-    ) -> None:
+    def __init__(self, *args: Any, act: str | None = None, single_value: SingleValue = "error", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._extend(act, single_value)
 
