@@ -52,6 +52,9 @@ PASSES_PER_COPY = 2.5
 # Long enough for the clock and for one interruption not to be all there is.
 SHORTEST_SAMPLE = 0.004
 
+# Processors that others may keep busy before the figures say more about them than about the kernels.
+QUIET = 0.1
+
 Contender = Callable[[], object]
 
 
@@ -225,12 +228,34 @@ def measure(name: str, layout: str, activation: Activation, rounds: int, pool: T
     )
 
 
+class Others:
+    """How many processors everything else on this machine has kept busy since this was made (Linux; else 0)."""
+
+    def __init__(self) -> None:
+        self.began, self.busy, self.own = time.perf_counter(), self._busy(), time.process_time()
+
+    def processors(self) -> float:
+        others = (self._busy() - self.busy) - (time.process_time() - self.own)
+        return max(0.0, others / (time.perf_counter() - self.began))
+
+    @staticmethod
+    def _busy() -> float:
+        stat = Path("/proc/stat")
+        if not stat.exists():
+            return 0.0
+        user, nice, system, *_ = map(int, stat.read_text(encoding="ascii").split()[1:4])
+        return float((user + nice + system) / os.sysconf("SC_CLK_TCK"))
+
+
 # --- The command -------------------------------------------------------------------------------------
 
 
-def table_of(rows: list[Row]) -> Table:
+def table_of(rows: list[Row], others: float) -> Table:
     title = f"Batch norm + activation, forward and backward, float32, {kernels.threads()} threads, {kernels.isa()}"
-    table = Table(title=title, caption="medians in ms, quartiles below them", box=box.SIMPLE_HEAD)
+    caption = f"medians in ms, quartiles below them; other processes kept {others:.1f} processors busy"
+    if others > QUIET:
+        caption += "\n[bold]a team of threads waits for its slowest: measure again when the machine is quiet[/]"
+    table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD)
     table.add_column("case", no_wrap=True)
     for heading in ("floor", "kernel", "kernel\n/ floor", "stock\nPaddle", "layer", "stock\n/ layer"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -261,6 +286,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", "No ccache found")  # Paddle, where it is imported
     warnings.filterwarnings("ignore", "When training, we now always track")  # Paddle's layer, in every step
     console, rows = Console(width=max(96, Console().width)), []
+    others = Others()
     rounds = options.rounds or (5 if options.quick else 15)
     activations = ACTIVATIONS[-1:] if options.quick else ACTIVATIONS
     with ThreadPoolExecutor(kernels.threads()) as pool, console.status("measuring") as status:
@@ -269,7 +295,7 @@ def main() -> None:
                 for activation in activations:
                     status.update(f"measuring {name} {layout} {activation}")
                     rows.append(measure(name, layout, activation, rounds, pool))
-    console.print(table_of(rows))
+    console.print(table_of(rows, others.processors()))
     if options.json:
         options.json.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n", encoding="utf-8")
 
