@@ -49,8 +49,8 @@ LAYOUTS = ("NCHW", "NHWC")
 ACTIVATIONS: tuple[Activation, ...] = ("none", "relu")
 PASSES_PER_COPY = 2.5
 
-# Long enough for the clock and for one interruption not to be all there is.
-SHORTEST_SAMPLE = 0.004
+# Seconds: long enough that one interruption is not all there is.
+SHORTEST_SAMPLE = 0.02
 
 # Processors that others may keep busy before the figures say more about them than about the kernels.
 QUIET = 0.1
@@ -178,6 +178,7 @@ def memory_shape(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
 
 
 def milliseconds(contender: Contender, repeats: int) -> float:
+    contender()  # whatever ran before has the caches, and this one's threads may be asleep
     start = time.perf_counter()
     for _ in range(repeats):
         contender()
@@ -188,7 +189,7 @@ def compare(contenders: dict[str, Contender], rounds: int) -> dict[str, np.ndarr
     """One time per round and contender, in rounds that begin with another contender each."""
     repeats = {}
     for name, contender in contenders.items():
-        contender()  # warm: allocations, pages, threads
+        contender()  # allocations, pages
         repeats[name] = max(1, round(SHORTEST_SAMPLE * 1e3 / milliseconds(contender, 3)))
     names, times = list(contenders), {name: np.zeros(rounds) for name in contenders}
     for index in range(rounds):
