@@ -81,7 +81,8 @@ class Reader:
         if not fits:
             raise CheckpointError(
                 f"{path}: is not a line recogniser for {classes - 1} characters: it maps {shapes}, "
-                f"not [N, 1, {HEIGHT}, W] to [N, T, {classes}]; give the model that `flatwater ocr train` wrote, with its own .meta.json"
+                f"not [N, 1, {HEIGHT}, W] to [N, T, {classes}]; "
+                "give the model that `flatwater ocr train` wrote, with its own .meta.json"
             )
 
 
