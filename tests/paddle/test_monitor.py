@@ -12,7 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from paddle import nn
+from paddle.distributed.fleet.utils import recompute
 
+import flatwater.paddle as fw
 from flatwater.errors import CheckpointError, InputError
 from flatwater.paddle.monitor import NormMonitor
 
@@ -74,7 +76,40 @@ NORMS: dict[str, Callable[[], nn.Layer]] = {
     "BatchNorm2D NHWC": lambda: nn.BatchNorm2D(6, data_format="NHWC"),
     "GroupNorm": lambda: nn.GroupNorm(3, 6),
     "InstanceNorm2D": lambda: nn.InstanceNorm2D(6),
+    "fw.BatchNorm": lambda: fw.BatchNorm(6),
+    "fw.BatchNorm2D NHWC": lambda: fw.BatchNorm2D(6, data_format="NHWC"),
+    "fw.GroupNorm": lambda: fw.GroupNorm(2, 6),
+    "fw.InstanceNorm2D": lambda: fw.InstanceNorm2D(6),
 }
+
+
+def after(layer: nn.Layer, *inputs: paddle.Tensor) -> dict[str, object]:
+    monitor = NormMonitor(layer)
+    with monitor.sampling(0):
+        layer(*inputs)
+    return monitor.record()["layers"][0]["samples"][0]["after"]
+
+
+def test_after_is_the_same_whether_or_not_activation_and_residual_are_fused() -> None:
+    paddle.seed(5)
+    x = paddle.randn([4, 6, 5, 7])
+    plain = after(fw.BatchNorm2D(6), x)
+    assert after(fw.BatchNorm2D(6, act="relu"), x, paddle.randn([4, 6, 5, 7])) == plain
+    assert plain["quantiles"][0] < -2.0  # not cut off at 0
+
+
+def test_a_recomputed_layer_is_recorded_once_as_it_was_first() -> None:
+    paddle.seed(5)
+    model = nn.Sequential(fw.ConvBNLayer(3, 8), fw.ConvBNLayer(8, 8))
+    x = paddle.randn([2, 3, 6, 6])
+    x.stop_gradient = False
+    monitor = NormMonitor(model)
+    with monitor.sampling(0):
+        y = recompute(model, x)
+        forward = monitor.record()
+        y.sum().backward()
+    assert monitor.record() == forward
+    assert [len(layer["samples"]) for layer in forward["layers"]] == [1, 1]
 
 
 @pytest.mark.filterwarnings("ignore:When training, we now always track:UserWarning")
