@@ -63,7 +63,7 @@ _STYLE: dict[Any, Any] = {
     "ytick.major.size": 0,
 }
 _RIDGES = 8  # more steps than this overlap into a blur
-_BANDS_FROM_SPREAD = 30.0  # beyond this ratio a linear axis hides the small channels
+_LOG_FROM_SPREAD = 30.0  # beyond this ratio a linear axis hides the small channels
 
 
 class Series(NamedTuple):
@@ -142,7 +142,7 @@ def running_statistic(samples: Sequence[NormSample], statistic: str, *, label: s
             axes.fill_between(steps, low, high, color=_FIRST, alpha=0.16, linewidth=0)
             axes.fill_between(steps, lower, upper, color=_FIRST, alpha=0.35, linewidth=0)
             axes.plot(steps, middle, color=_FIRST, marker="o" if len(steps) < 3 else None, markersize=4)
-            if statistic == "running_variance" and low.min() > 0 and high.max() / low.min() > _BANDS_FROM_SPREAD:
+            if statistic == "running_variance" and low.min() > 0 and high.max() / low.min() > _LOG_FROM_SPREAD:
                 _log_axis(axes)
             else:
                 axes.yaxis.set_major_locator(MaxNLocator(4))
