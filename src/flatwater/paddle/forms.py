@@ -1,0 +1,149 @@
+"""The forms of a model that run with Paddle: the live one, the reloaded program, Paddle Inference."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import paddle
+
+from flatwater.errors import CheckpointError, InputError
+from flatwater.paddle.running import Inputs, flatten, run, to_numpy
+from flatwater.verify import Arrays, Form, Run, one_line, onnx_form
+
+__all__ = ["ModelFiles", "forms_of", "live_form", "load_program", "program_inputs"]
+
+
+class ModelFiles:
+    """The files of an exported model, by the prefix that they share.
+
+    Raises:
+        InputError: the path of one of the files instead of the prefix.
+    """
+
+    def __init__(self, prefix: str | Path) -> None:
+        prefix = Path(prefix)
+        if prefix.suffix in (".json", ".pdiparams", ".onnx", ".pdmodel"):
+            raise InputError(f"{prefix}: give the prefix without {prefix.suffix}; each form adds its own suffix")
+        if prefix.name in ("", ".."):
+            raise InputError(f"{str(prefix)!r} is a folder; give a prefix such as {str(prefix / 'model')!r}")
+        self.prefix = prefix
+        self.program = prefix.with_name(prefix.name + ".json")
+        self.parameters = prefix.with_name(prefix.name + ".pdiparams")
+        self.onnx = prefix.with_name(prefix.name + ".onnx")
+
+    @property
+    def has_paddle(self) -> bool:
+        """Whether there is a Paddle program.
+
+        Raises:
+            CheckpointError: there is only one of its two files.
+        """
+        present = [file.is_file() for file in (self.program, self.parameters)]
+        if any(present) and not all(present):
+            missing = (self.program, self.parameters)[present.index(False)]
+            raise CheckpointError(f"{missing}: is missing beside the model's other file; export the model again")
+        return all(present)
+
+    def require(self) -> None:
+        """Check that there is a model at all.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        if not self.has_paddle and not self.onnx.is_file():
+            raise CheckpointError(f"{self.prefix}: there is no {self.program.name} and no {self.onnx.name}; export first")
+
+
+def live_form(model: paddle.nn.Layer, inputs: Inputs) -> Run:
+    """The model itself, called as ``inputs`` are; in whatever mode it is."""
+    names = list(inputs.kwargs)
+
+    def call(arrays: Arrays) -> Arrays:
+        tensors = [paddle.to_tensor(array) for array in arrays]
+        count = len(tensors) - len(names)
+        fed = Inputs(tuple(tensors[:count]), dict(zip(names, tensors[count:], strict=True)))
+        return [to_numpy(tensor) for tensor in run(model, fed)]
+
+    return call
+
+
+def forms_of(files: ModelFiles) -> list[Form]:
+    """Every form in which the files can be run here."""
+    forms = []
+    if files.has_paddle:
+        forms += [
+            Form("paddle.jit.load", lambda: _run_program(files)),
+            Form("Paddle Inference, IR passes off", lambda: _run_inference(files, ir=False, onednn=False)),
+            Form("Paddle Inference, IR passes on", lambda: _run_inference(files, ir=True, onednn=False)),
+        ]
+        if paddle.device.get_device().startswith("cpu") and paddle.base.core.is_compiled_with_onednn():
+            forms.append(
+                Form("Paddle Inference, IR passes and oneDNN", lambda: _run_inference(files, ir=True, onednn=True))
+            )
+    if files.onnx.is_file():
+        forms.append(onnx_form(files.onnx))
+    return forms
+
+
+def load_program(files: ModelFiles) -> paddle.nn.Layer:
+    """The reloaded program, in ``eval()``.
+
+    Raises:
+        CheckpointError: the files are not a Paddle program and its parameters.
+    """
+    try:
+        # Paddle reads these files in C++, where not every wrong file is an exception: so look first.
+        header = json.loads(files.program.read_text(encoding="utf-8"))
+        if not isinstance(header, dict) or "program" not in header:
+            raise ValueError("it holds no program")
+    except ValueError as error:
+        raise CheckpointError(f"{files.program}: is not a Paddle program ({one_line(error)}); export it again") from error
+    try:
+        program = paddle.jit.load(str(files.prefix))
+    except Exception as error:  # Paddle's own errors share no class
+        raise CheckpointError(
+            f"{files.parameters}: does not fit {files.program.name} or is damaged ({one_line(error)}); export it again"
+        ) from error
+    program.eval()
+    return program
+
+
+def program_inputs(program: paddle.nn.Layer) -> list[paddle.static.InputSpec]:
+    """Shapes, dtypes and names of a reloaded program's inputs."""
+    return list(program._input_spec())
+
+
+def _run_program(files: ModelFiles) -> Run:
+    program = load_program(files)
+
+    def call(arrays: Arrays) -> Arrays:
+        with paddle.no_grad():
+            return [to_numpy(tensor) for tensor in flatten(program(*map(paddle.to_tensor, arrays)))]
+
+    return call
+
+
+def _run_inference(files: ModelFiles, *, ir: bool, onednn: bool) -> Run:
+    from paddle import inference
+
+    config = inference.Config(str(files.program), str(files.parameters))
+    config.disable_glog_info()
+    config.switch_ir_optim(ir)
+    if onednn:
+        config.enable_mkldnn()
+    else:
+        config.disable_mkldnn()
+    predictor = inference.create_predictor(config)
+    names: Sequence[str] = predictor.get_input_names()
+
+    def call(arrays: Arrays) -> Arrays:
+        for name, array in zip(names, arrays, strict=True):
+            handle = predictor.get_input_handle(name)
+            handle.reshape(array.shape)
+            handle.copy_from_cpu(array)
+        predictor.run()
+        return [predictor.get_output_handle(name).copy_to_cpu() for name in predictor.get_output_names()]
+
+    return call

@@ -1,0 +1,163 @@
+"""Running a model on example inputs so that nothing of it, and nothing around it, is different afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import paddle
+import paddle.nn.functional as F
+
+from flatwater.errors import InputError, SurgeryError
+
+__all__ = ["Inputs", "SyncBatchNormOnCPU", "as_inputs", "evaluating", "flatten", "layers_of", "parameter_dtype", "run", "to_numpy"]
+
+
+class Inputs:
+    """Example inputs, as the arguments with which a model is called."""
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.args = args
+        self.kwargs = kwargs
+
+    def arrays(self) -> list[npt.NDArray[Any]]:
+        """All tensors in order, as NumPy arrays."""
+        return [to_numpy(tensor) for tensor in flatten((self.args, self.kwargs))]
+
+
+def as_inputs(inputs: Any) -> Inputs:
+    """A tensor or array, a list or tuple of them (arguments in order), or a dict (arguments by name).
+
+    Raises:
+        InputError: there is none, or something that is neither a tensor nor an array.
+    """
+    if isinstance(inputs, Mapping):
+        converted = Inputs((), {str(name): _tensor(value) for name, value in inputs.items()})
+    elif isinstance(inputs, Sequence) and not isinstance(inputs, str):
+        converted = Inputs(tuple(_tensor(value) for value in inputs), {})
+    else:
+        converted = Inputs((_tensor(inputs),), {})
+    if not converted.args and not converted.kwargs:
+        raise InputError("the example inputs are empty; give what you would call the model with")
+    return converted
+
+
+def _tensor(value: Any) -> paddle.Tensor:
+    if isinstance(value, paddle.Tensor):
+        return value.detach()
+    if isinstance(value, np.ndarray) and value.dtype != object:
+        return paddle.to_tensor(value)
+    raise InputError(
+        f"an example input is a {type(value).__name__}; give a paddle.Tensor or a NumPy array, or a list or dict of them"
+    )
+
+
+def layers_of(model: paddle.nn.Layer) -> list[tuple[str, paddle.nn.Layer]]:
+    """Every layer once, by the first of its paths; the model itself is ``""``.
+
+    Raises:
+        SurgeryError: not a ``paddle.nn.Layer``.
+    """
+    if not isinstance(model, paddle.nn.Layer):
+        hint = "its network is model.network" if isinstance(model, paddle.Model) else "give a paddle.nn.Layer"
+        raise SurgeryError(f"a {type(model).__name__} is not a paddle.nn.Layer; {hint}")
+    return list(model.named_sublayers(include_self=True))
+
+
+def flatten(value: Any) -> list[paddle.Tensor]:
+    """The tensors in nested lists, tuples and dicts, in order."""
+    if isinstance(value, paddle.Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return [tensor for item in value for tensor in flatten(item)]
+    return []
+
+
+def to_numpy(tensor: paddle.Tensor) -> npt.NDArray[Any]:
+    """A copy of its values; bfloat16, which NumPy lacks, as float32."""
+    tensor = tensor.detach()
+    array = tensor.astype("float32").numpy() if tensor.dtype == paddle.bfloat16 else tensor.numpy()
+    return np.array(array)
+
+
+def parameter_dtype(model: paddle.nn.Layer) -> str:
+    """The least exact float among the parameters: what decides how near two runs can be."""
+    dtypes = {str(parameter.dtype).removeprefix("paddle.") for parameter in model.parameters()}
+    for dtype in ("bfloat16", "float16", "float32", "float64"):
+        if dtype in dtypes:
+            return dtype
+    return "float32"
+
+
+def run(model: paddle.nn.Layer, inputs: Inputs) -> list[paddle.Tensor]:
+    """The model's output tensors, without gradients, at a fixed point of the random number stream."""
+    with paddle.no_grad(), _fixed_randomness():
+        return flatten(model(*inputs.args, **inputs.kwargs))
+
+
+@contextlib.contextmanager
+def _fixed_randomness() -> Iterator[None]:
+    # A model that draws in eval() too draws the same in every run, and the user's stream does not move.
+    state = paddle.get_rng_state()
+    try:
+        yield
+    finally:
+        paddle.set_rng_state(state)
+
+
+@contextlib.contextmanager
+def evaluating(model: paddle.nn.Layer) -> Iterator[None]:
+    """``model.eval()`` inside; afterwards modes and statistics are as they were, layer by layer.
+
+    Statistics matter because some norm layers move them in ``eval()`` too (``BatchNorm2D`` with
+    ``use_global_stats=False``). ``SyncBatchNorm``, which has no CPU kernel, computes as the plain batch norm that
+    it is in ``eval()`` where its parameters are on the CPU.
+    """
+    layers = [layer for _, layer in layers_of(model)]
+    modes = [(layer, layer.training) for layer in layers]
+    classes = [(layer, type(layer)) for layer in layers if type(layer) is paddle.nn.SyncBatchNorm and _on_cpu(layer)]
+    statistics = [
+        (tensor, tensor.clone())
+        for layer in layers
+        for tensor in (getattr(layer, "_mean", None), getattr(layer, "_variance", None))
+        if isinstance(tensor, paddle.Tensor)
+    ]
+    model.eval()
+    for layer, _ in classes:
+        layer.__class__ = SyncBatchNormOnCPU
+    try:
+        yield
+    finally:
+        for layer, kind in classes:
+            # A fold may have taken the layer out of the model; it is put right all the same.
+            layer.__class__ = kind
+        for layer, training in modes:
+            layer.training = training
+        for tensor, before in statistics:
+            if not np.array_equal(to_numpy(tensor), to_numpy(before), equal_nan=True):
+                tensor.set_value(before)
+
+
+def _on_cpu(layer: paddle.nn.Layer) -> bool:
+    return bool(layer._mean.place.is_cpu_place())
+
+
+class SyncBatchNormOnCPU(paddle.nn.SyncBatchNorm):
+    """SyncBatchNorm in ``eval()``, where there is nothing to synchronise, with the operator that every device has."""
+
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        return F.batch_norm(
+            x,
+            self._mean,
+            self._variance,
+            weight=self.weight,
+            bias=self.bias,
+            training=False,
+            epsilon=self._epsilon,
+            data_format="NCHW" if self._data_format[1] == "C" else "NHWC",
+        )

@@ -1,0 +1,72 @@
+"""``verify``: one table of how far every exported form is from the live model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import paddle
+from rich.console import Console
+
+from flatwater.errors import SurgeryError
+from flatwater.paddle.forms import ModelFiles, forms_of, live_form, load_program, program_inputs
+from flatwater.paddle.running import as_inputs, evaluating, layers_of, parameter_dtype, run
+from flatwater.verify import VerifyReport, compare_forms, default_tolerance, one_line
+
+__all__ = ["verify"]
+
+
+def verify(
+    model: paddle.nn.Layer,
+    path: str | Path,
+    inputs: Any,
+    *,
+    batch_sizes: Sequence[int] = (1, 2, 17),
+    tolerance: float | None = None,
+    show: bool = True,
+) -> VerifyReport:
+    """Run the same inputs through the live model and every form exported at ``path``, and compare.
+
+    Forms: the program reloaded with ``paddle.jit.load``; Paddle Inference with its IR passes off, on, and on with
+    oneDNN; ONNX Runtime. Which of them there are depends on the files that stand at ``path``. The live model runs
+    in ``eval()`` and is put back into its mode.
+
+    ``max_abs`` = max |form - live|, ``max_rel`` = max_abs / max |live| within an output tensor, the largest
+    over all outputs; a row passes if ``max_rel <= tolerance``. NaN and infinity equal only themselves. A form that
+    fails to load or to run is a row that does not pass, with its reason.
+
+    Args:
+        path: prefix of ``path.json``, ``path.pdiparams`` and ``path.onnx``.
+        inputs: as for :func:`~flatwater.paddle.fold`; repeated or cut along the first axis to each batch size.
+        batch_sizes: where the program was exported with a fixed batch size, only that one is run.
+        tolerance: default :data:`flatwater.verify.TOLERANCES` for the dtype of the parameters (float32: 1e-4).
+        show: print the table.
+
+    Raises:
+        CheckpointError: there is no model at ``path``, or a file is not one.
+        InputError: inputs that are not tensors or hold no sample, or a batch size that is not positive.
+        SurgeryError: the live model does not run on the inputs.
+    """
+    files = ModelFiles(path)
+    files.require()
+    examples = as_inputs(inputs)
+    layers_of(model)
+    if files.has_paddle:
+        fixed = [spec.shape[0] for spec in program_inputs(load_program(files))[:1] if spec.shape]
+        batch_sizes = [size for size in fixed if size is not None and size > 0] or batch_sizes
+    with evaluating(model):
+        try:
+            run(model, examples)
+        except Exception as error:
+            raise SurgeryError(f"{type(model).__name__} does not run on the inputs: {one_line(error)}") from error
+        report = compare_forms(
+            live_form(model, examples),
+            forms_of(files),
+            examples.arrays(),
+            batch_sizes=batch_sizes,
+            tolerance=default_tolerance(parameter_dtype(model)) if tolerance is None else tolerance,
+        )
+    if show:
+        Console().print(report)
+    return report

@@ -1,0 +1,124 @@
+"""The forms of a model that are compared, and the comparison."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from flatwater.errors import BackendError, CheckpointError, InputError
+from flatwater.verify.compare import largest_difference
+from flatwater.verify.report import VerifyReport, VerifyRow
+
+__all__ = ["Arrays", "Form", "Run", "compare_forms", "one_line", "onnx_form", "resize_batch"]
+
+Arrays: TypeAlias = list[npt.NDArray[Any]]
+Run: TypeAlias = Callable[[Arrays], Arrays]
+
+
+class Form(NamedTuple):
+    """A form of a model: its name in the table, and how it is loaded for running."""
+
+    name: str
+    load: Callable[[], Run]
+
+
+def compare_forms(
+    live: Run, forms: Sequence[Form], inputs: Arrays, *, batch_sizes: Sequence[int], tolerance: float
+) -> VerifyReport:
+    """Run ``inputs`` at every batch size through the live model and every form.
+
+    A form that cannot be loaded or fails to run is a row that does not pass, with the first line of its reason.
+
+    Raises:
+        CheckpointError: a file is not a model of its kind.
+    """
+    batches = {size: resize_batch(inputs, size) for size in batch_sizes}
+    expected = {size: live(batch) for size, batch in batches.items()}
+    rows = []
+    for form in forms:
+        run: Run | None = None
+        broken = ""
+        try:
+            run = form.load()
+        except (CheckpointError, MemoryError):
+            raise
+        except Exception as error:  # whatever a runtime raises is its reason for not running this model
+            broken = f"cannot be loaded: {one_line(error)}"
+        for size, batch in batches.items():
+            if run is not None:
+                rows.append(_compare(form.name, size, run, batch, expected[size], tolerance))
+            else:
+                rows.append(VerifyRow(form.name, size, None, None, tolerance, passed=False, note=broken))
+    return VerifyReport(rows)
+
+
+def _compare(name: str, size: int, run: Run, batch: Arrays, expected: Arrays, tolerance: float) -> VerifyRow:
+    try:
+        actual = run([array.copy() for array in batch])
+    except MemoryError:
+        raise
+    except Exception as error:  # as above
+        return VerifyRow(name, size, None, None, tolerance, passed=False, note=f"fails to run: {one_line(error)}")
+    found = largest_difference(expected, actual)
+    comparable = math.isfinite(found.max_rel)
+    return VerifyRow(
+        name,
+        size,
+        found.max_abs if math.isfinite(found.max_abs) else None,
+        found.max_rel if comparable else None,
+        tolerance,
+        passed=found.max_rel <= tolerance,
+        note=found.note or (None if comparable else "differs from a live output that is all zero"),
+    )
+
+
+def resize_batch(inputs: Arrays, size: int) -> Arrays:
+    """The inputs with ``size`` samples: the first ones, again from the start where there are too few.
+
+    Tensors whose first axis is not as long as the first tensor's have no batch axis, and stay.
+
+    Raises:
+        InputError: ``size`` is not positive, or there is no sample to repeat.
+    """
+    if size < 1:
+        raise InputError(f"batch size {size} is not positive; use sizes of at least 1")
+    if not inputs or inputs[0].ndim == 0 or len(inputs[0]) == 0:
+        raise InputError("the inputs hold no sample; give at least one, along the first axis")
+    count = len(inputs[0])
+    index = np.arange(size) % count
+    return [array[index] if array.ndim and len(array) == count else array for array in inputs]
+
+
+def onnx_form(file: Path) -> Form:
+    """ONNX Runtime on the CPU."""
+
+    def load() -> Run:
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise BackendError("onnxruntime is not installed; pip install 'flatwater[onnx]'") from error
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        try:
+            session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        except Exception as error:
+            # ONNX Runtime has one exception class per status code, in a private module.
+            if type(error).__name__ in ("InvalidProtobuf", "NoSuchFile", "NoModel"):
+                raise CheckpointError(f"{file}: is not an ONNX model ({one_line(error)}); export it again") from error
+            raise
+        names = [entry.name for entry in session.get_inputs()]
+        return lambda inputs: list(session.run(None, dict(zip(names, inputs, strict=True))))
+
+    return Form("ONNX Runtime", load)
+
+
+def one_line(error: BaseException) -> str:
+    """The line of a message that says what happened; frameworks wrap it in banners and stack traces."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if "Error:" in line] or [line for line in lines if not line.startswith("---")]
+    return (telling[-1] if telling else type(error).__name__)[:300]
