@@ -1,39 +1,55 @@
-"""Characters as classes, and back: connectionist temporal classification, read greedily.
-
-Class 0 is the blank; class i + 1 is the i-th character of the alphabet (Graves et al., Connectionist Temporal
-Classification, ICML 2006).
-"""
+"""Texts as class numbers and back: the alphabet, and greedy CTC decoding. NumPy only."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from flatwater.errors import DataError
 
-__all__ = ["BLANK", "Alphabet"]
+__all__ = ["BLANK", "Alphabet", "Reading", "edit_distance"]
 
 BLANK = 0
+"""The class of CTC's blank. ``alphabet[i]`` is class ``i + 1``."""
+
+
+class Reading(NamedTuple):
+    """A decoded line. ``confidence`` is the mean over its characters of the probability each was read with; an
+    empty line has the mean probability of the blank."""
+
+    text: str
+    confidence: float
 
 
 class Alphabet:
-    """The characters a model knows, in the order of its classes.
+    """The characters a recogniser knows, in the order of their classes.
 
     Raises:
-        DataError: there are none, or one twice.
+        DataError: no characters, or one of them twice.
     """
 
-    def __init__(self, characters: str) -> None:
-        if not characters or len(set(characters)) != len(characters):
-            raise DataError(f"alphabet {characters[:20]!r} must be distinct characters, at least one")
-        self.characters = characters
-        self._classes = {character: index + 1 for index, character in enumerate(characters)}
+    def __init__(self, characters: Iterable[str]) -> None:
+        self.characters = "".join(characters)
+        self._class_of = {character: number + 1 for number, character in enumerate(self.characters)}
+        if not self.characters:
+            raise DataError("the alphabet is empty; give at least one character")
+        if len(self._class_of) != len(self.characters):
+            twice = next(c for c in self.characters if self.characters.count(c) > 1)
+            raise DataError(f"the alphabet holds {twice!r} twice; each character needs one class")
 
     def __len__(self) -> int:
-        """The number of characters; a model has one class more, the blank."""
         return len(self.characters)
+
+    def __contains__(self, character: object) -> bool:
+        return character in self._class_of
+
+    @property
+    def classes(self) -> int:
+        """The characters and the blank."""
+        return len(self.characters) + 1
 
     def encode(self, text: str) -> list[int]:
         """The classes of a text.
@@ -41,26 +57,43 @@ class Alphabet:
         Raises:
             DataError: a character is not in the alphabet.
         """
-        unknown = [character for character in text if character not in self._classes]
-        if unknown:
-            raise DataError(f"text {text!r} holds {unknown[0]!r}, which the alphabet lacks; leave the line out")
-        return [self._classes[character] for character in text]
+        try:
+            return [self._class_of[character] for character in text]
+        except KeyError as error:
+            raise DataError(
+                f"the character {error.args[0]!r} of {text!r} is not in the alphabet of {len(self)}; "
+                "add it to data.extra_characters, or raise data.characters"
+            ) from error
 
-    def decode(self, logits: npt.NDArray[Any]) -> tuple[str, float]:
-        """The most likely class of each step, repeats merged, blanks dropped.
+    def decode(self, logits: npt.NDArray[np.floating[Any]], lengths: Sequence[int] | None = None) -> list[Reading]:
+        """Greedy CTC: the best class of each frame, repetitions merged, blanks dropped.
 
         Args:
-            logits: (T, classes), before softmax.
-
-        Returns:
-            The text, and a confidence in [0, 1]: the geometric mean, over the characters read, of the
-            probability at which each was surest (over all steps where nothing was read).
+            logits: [N, T, classes], before softmax.
+            lengths: the frames of each line that count; without it all T.
         """
-        shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
-        best = logits.argmax(axis=1)
-        log_probability = -np.log(np.exp(shifted).sum(axis=1))  # of the best class: its shifted logit is 0
+        shifted = logits - logits.max(axis=-1, keepdims=True)
+        best = shifted.argmax(axis=-1)
+        probability = 1.0 / np.exp(shifted).sum(axis=-1)
+        ends = [logits.shape[1]] * len(logits) if lengths is None else lengths
+        return [self._read(best[n, :end], probability[n, :end]) for n, end in enumerate(ends)]
+
+    def _read(self, best: npt.NDArray[np.intp], probability: npt.NDArray[np.floating[Any]]) -> Reading:
+        if not best.size:
+            return Reading("", 0.0)
         starts = np.flatnonzero(np.diff(best, prepend=-1))
-        peaks = np.maximum.reduceat(log_probability, starts)
-        read = best[starts] != BLANK
-        text = "".join(self.characters[index - 1] for index in best[starts][read])
-        return text, float(np.exp(peaks[read].mean() if read.any() else log_probability.mean()))
+        highest = np.maximum.reduceat(probability, starts)
+        classes = best[starts]
+        characters = classes != BLANK
+        text = "".join(self.characters[number - 1] for number in classes[characters])
+        return Reading(text, float((highest[characters] if text else probability).mean()))
+
+
+def edit_distance(read: str, truth: str) -> int:
+    """Levenshtein's: the fewest insertions, deletions and replacements that make one text of the other."""
+    row = list(range(len(truth) + 1))
+    for i, left in enumerate(read, 1):
+        diagonal, row[0] = row[0], i
+        for j, right in enumerate(truth, 1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (left != right))
+    return row[-1]

@@ -1,69 +1,102 @@
-"""From a picture of a line to what the network takes: the one place where both happen, in training and in reading."""
+"""An image of one line as the recogniser sees it, in training and in reading. NumPy and Pillow only.
+
+A line is a float32 array [1, 32, W]: grey, 32 high with its aspect kept, and with mean 0 and deviation 1 over
+its own pixels, so that brightness, contrast and the depth of the paper's colour do not matter.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image
 
 from flatwater.errors import DataError
 
-__all__ = ["HEIGHT", "load_line", "normalize"]
+__all__ = ["HEIGHT", "MAX_WIDTH", "MIN_WIDTH", "normalize", "pad", "prepare"]
 
 HEIGHT = 32
-_LEAST_WIDTH = 16  # narrower pictures would leave the network no step to say anything in
-_MOST_WIDTH = 8192  # some 250 characters; a wider picture is not one line, or not worth the memory
+MIN_WIDTH = 16
+MAX_WIDTH = 4096
+_EPSILON = 0.01  # of the deviation: a blank line must not become a picture of its noise
 
-Line = npt.NDArray[np.float32]
-
-
-def normalize(pixels: npt.NDArray[np.floating]) -> Line:
-    """Zero mean and unit deviation over the picture, so that paper and ink may have any brightness.
-
-    Args:
-        pixels: (HEIGHT, W), brightness in [0, 1].
-
-    Returns:
-        float32 (1, HEIGHT, W). A picture of one colour becomes zeros.
-    """
-    centred = pixels - pixels.mean()
-    line: Line = (centred / (pixels.std() + 1e-3)).astype(np.float32)[None]
-    return line
+Array = npt.NDArray[np.float32]
 
 
-def load_line(path: Path) -> Line:
-    """Read a picture, in any mode and size, as (1, HEIGHT, W), its proportions kept.
+def prepare(image: str | Path | Image.Image | npt.NDArray[Any]) -> Array:
+    """A file, a Pillow image, or an array ([H, W] or [H, W, 3], uint8 or floats in [0, 1]) as float32 [1, 32, W].
 
-    Transparency is taken as white paper, and the camera's note of which way is up is followed.
+    Transparent pixels count as white.
 
     Raises:
-        DataError: it is missing, damaged, no picture, or far too wide for a line.
+        DataError: it cannot be read, is empty, or is wider than 128 times its height.
     """
-    try:
-        with Image.open(path) as opened:
-            picture = ImageOps.exif_transpose(opened)
-            if picture.has_transparency_data:
-                picture = picture.convert("RGBA")
-                picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-            picture = _in_eight_bits(picture)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = error.strerror if isinstance(error, FileNotFoundError | PermissionError) else "it is no intact picture"
+    name = str(image) if isinstance(image, str | Path) else "the image"
+    grey = _grey(_open(image, name))
+    width = max(MIN_WIDTH, round(grey.width * HEIGHT / grey.height))
+    if width > MAX_WIDTH:
         raise DataError(
-            f"{path}: cannot be read as an image ({reason}); give a PNG or JPEG of one text line"
-        ) from error
-    width = round(picture.width * HEIGHT / picture.height)
-    if width > _MOST_WIDTH:
-        raise DataError(
-            f"{path}: is {picture.width} x {picture.height} pixels, far too wide for one text line; cut it into pieces"
+            f"{name}: is {grey.width} x {grey.height}, more than {MAX_WIDTH // HEIGHT} times as wide as high; "
+            "cut it into shorter lines"
         )
-    resized = picture.resize((max(_LEAST_WIDTH, width), HEIGHT), Image.Resampling.BICUBIC)
-    return normalize(np.asarray(resized, dtype=np.float32) / 255.0)
+    if (width, HEIGHT) != grey.size:
+        grey = grey.resize((width, HEIGHT), Image.Resampling.BILINEAR)
+    return normalize(np.asarray(grey, np.float32) / 255)[None]
 
 
-def _in_eight_bits(picture: Image.Image) -> Image.Image:
-    """Grey, 0 to 255; Pillow would cut 16-bit pictures off at 255 instead of scaling them."""
-    if picture.mode.startswith(("I;16", "I")):
-        return Image.fromarray((np.asarray(picture).astype(np.float64) / 257.0).clip(0, 255).astype(np.uint8))
-    return picture.convert("L")
+def normalize(line: Array) -> Array:
+    """Subtract the mean over all pixels and divide by their deviation."""
+    result: Array = ((line - line.mean()) / (line.std() + _EPSILON)).astype(np.float32)
+    return result
+
+
+def pad(lines: Sequence[Array], multiple: int = 1) -> Array:
+    """Lines of several widths as one batch [N, 1, 32, W]: zeros on the right, W a multiple of ``multiple``."""
+    width = -(-max(line.shape[-1] for line in lines) // multiple) * multiple
+    batch = np.zeros((len(lines), 1, HEIGHT, width), np.float32)
+    for target, line in zip(batch, lines, strict=True):
+        target[:, :, : line.shape[-1]] = line
+    return batch
+
+
+def _open(image: str | Path | Image.Image | npt.NDArray[Any], name: str) -> Image.Image:
+    if isinstance(image, np.ndarray):
+        image = _from_array(image)
+    elif not isinstance(image, Image.Image):
+        try:
+            with Image.open(image) as opened:
+                opened.load()
+                image = opened
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            reason = getattr(error, "strerror", None) or "no image that Pillow can decode"
+            raise DataError(f"{name}: cannot be read ({reason}); give a PNG, JPEG or similar file") from error
+    if 0 in image.size:
+        raise DataError(f"{name}: is empty ({image.width} x {image.height}); give a picture of a text line")
+    return image
+
+
+def _from_array(array: npt.NDArray[Any]) -> Image.Image:
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] != 3):
+        raise DataError(f"an image array has the shape {list(array.shape)}; it must be [H, W] or [H, W, 3]")
+    if array.dtype != np.uint8:
+        if not np.issubdtype(array.dtype, np.floating) or not np.isfinite(array).all():
+            raise DataError(f"an image array of {array.dtype} must be uint8, or finite floats in [0, 1]")
+        array = (np.clip(array, 0, 1) * 255).round().astype(np.uint8)
+    if 0 in array.shape:
+        raise DataError(f"an image array has the shape {list(array.shape)}, which is empty; give a picture of a line")
+    return Image.fromarray(array)
+
+
+def _grey(image: Image.Image) -> Image.Image:
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    if image.mode.startswith("I") or image.mode == "F":
+        # Pillow clips these at 255 when it converts them; 16-bit scans need their whole range.
+        values = np.asarray(image, np.float32)
+        low, high = values.min(), values.max()
+        return Image.fromarray(((values - low) / max(float(high - low), 1e-6) * 255).astype(np.uint8))
+    return image.convert("L")

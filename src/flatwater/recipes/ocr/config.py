@@ -1,0 +1,233 @@
+"""The recipe's configuration: frozen, validated, and read from YAML.
+
+    config = load("ocr.yaml", ["norm.momentum=0.95", "train.steps=400"])
+
+What a file leaves out keeps its default; ``KEY=VALUE`` overrides go over the file, with VALUE read as YAML.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from flatwater.errors import ConfigError
+
+__all__ = ["Config", "DataConfig", "ModelConfig", "NormConfig", "OptimizerConfig", "TrainConfig", "load"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ModelConfig(_Section):
+    """The recogniser's widths; its depth and strides are fixed."""
+
+    channels: tuple[int, int, int, int] = (32, 64, 128, 192)
+    """Of the convolutions before the height is gone, from the image on."""
+    features: int = Field(320, ge=1)
+    """Of each time step, from which the classes are told."""
+
+    @model_validator(mode="after")
+    def _positive(self) -> ModelConfig:
+        if min(self.channels) < 1:
+            raise ValueError("every number of channels must be at least 1")
+        return self
+
+
+class NormConfig(_Section):
+    """The layer between each convolution and its activation."""
+
+    kind: Literal["batch_norm", "group_norm", "instance_norm", "none"] = "batch_norm"
+    momentum: float = Field(0.9, ge=0, le=1)
+    """Batch norm: the share of the old running statistics that each step keeps."""
+    epsilon: float = Field(1e-5, gt=0)
+    groups: int = Field(8, ge=1)
+    """Group norm only; must divide every number of channels."""
+
+
+class OptimizerConfig(_Section):
+    """How the weights are changed. The rate rises linearly, then falls as a cosine to 1/100 of its peak."""
+
+    kind: Literal["momentum", "adamw"] = "momentum"
+    learning_rate: float = Field(0.2, gt=0)
+    """At its peak."""
+    momentum: float = Field(0.9, ge=0, lt=1)
+    """Nesterov's, for kind ``momentum``."""
+    weight_decay: float = Field(1e-4, ge=0)
+    warmup: float = Field(0.08, ge=0, lt=1)
+    """The share of all steps in which the rate rises."""
+    clip_norm: float = Field(5.0, gt=0)
+    """Gradients longer than this, all of them taken as one vector, are shortened to it."""
+
+
+class TrainConfig(_Section):
+    """How long, and what is done on the way."""
+
+    steps: int = Field(700, ge=1)
+    batch_characters: int = Field(256, ge=8)
+    """A batch of short lines holds more of them, so that each step costs about the same."""
+    alignment: float = Field(0.5, ge=0, le=1)
+    """The share of all steps in which rendered lines also teach where each character stands; see ``train``."""
+    log_every: int = Field(10, ge=1)
+    evaluate_every: int = Field(100, ge=1)
+    evaluate_lines: int = Field(240, ge=1)
+    """How many test lines the evaluations on the way look at; the one at the end takes all."""
+    checkpoint_every: int = Field(100, ge=1)
+
+
+class DataConfig(_Section):
+    """What is read. Relative paths count from the folder in which the job is started."""
+
+    words: Path | None = None
+    """A word list, ``word frequency`` a line; without it the dictionary of the package jieba."""
+    characters: int = Field(1150, ge=2)
+    """The alphabet: this many most frequent characters of the words."""
+    extra_characters: str = ""
+    """Characters to know beside these, for labelled images that hold them."""
+    fonts: tuple[Path, ...] | None = None
+    """Font files to render with; without it NotoSansSC and NotoSerifSC. An empty list: render nothing."""
+    unseen_font: Path | None = None
+    """The font of the second test set; without it wqy-microhei."""
+    labels: Path | None = None
+    """Labelled line images to train on, ``path<TAB>text`` a line, paths from the list's own folder."""
+    labels_share: float = Field(0.5, gt=0, le=1)
+    """The share of all steps that train on ``labels``, where lines are rendered too."""
+    test_labels: Path | None = None
+    """Labelled line images to test on, in place of rendered lines of held-out words."""
+    min_length: int = Field(2, ge=1)
+    max_length: int = Field(8, ge=1, le=40)
+    sizes: tuple[int, ...] = (21, 23, 25, 27)
+    """Of the glyphs, in pixels of a line that is 32 high."""
+    held_out: float = Field(0.1, gt=0, lt=1)
+    """The share of the words that training never shows."""
+    test_lines: int = Field(2000, ge=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DataConfig:
+        if self.min_length > self.max_length:
+            raise ValueError(f"min_length={self.min_length} is above max_length={self.max_length}")
+        if not self.sizes or not all(8 <= size <= 32 for size in self.sizes):
+            raise ValueError(f"sizes={list(self.sizes)} must be one or more numbers from 8 to 32")
+        if self.fonts == () and (self.labels is None or self.test_labels is None):
+            raise ValueError("fonts=[] renders nothing, so labels and test_labels must both be given")
+        return self
+
+
+class Config(_Section):
+    """Everything that decides what the job does; the same configuration gives the same run."""
+
+    seed: int = Field(20240601, ge=0)
+    model: ModelConfig = ModelConfig()
+    norm: NormConfig = NormConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    data: DataConfig = DataConfig()
+
+    @model_validator(mode="after")
+    def _groups_divide(self) -> Config:
+        widths = (*self.model.channels, self.model.features)
+        if self.norm.kind == "group_norm" and any(width % self.norm.groups for width in widths):
+            raise ValueError(f"norm.groups={self.norm.groups} must divide every number of channels {list(widths)}")
+        return self
+
+    def to_yaml(self) -> str:
+        """The whole configuration, defaults included; :func:`load` reads it back."""
+        return str(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+
+
+def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """The configuration of a file, with ``KEY=VALUE`` overrides such as ``"train.steps=400"`` over it.
+
+    Raises:
+        ConfigError: the file cannot be read, is no YAML, or a key or value is not one that Config has.
+    """
+    settings = {} if path is None else _read(Path(path))
+    for override in overrides:
+        _override(settings, override)
+    try:
+        return Config.model_validate(settings)
+    except ValidationError as error:
+        raise ConfigError(_explain(error)) from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); check the path of the configuration") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not UTF-8 text; a configuration is a YAML file") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}{_position(error)}: is not YAML ({_problem(error)}); correct that line") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: holds a {type(content).__name__}, not 'key: value' pairs; see the default config")
+    return content
+
+
+def _position(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    return "" if mark is None else f", line {mark.line + 1}"
+
+
+def _problem(error: yaml.YAMLError) -> str:
+    return getattr(error, "problem", None) or " ".join(str(error).split())
+
+
+def _override(settings: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise ConfigError(f"{override!r} sets nothing; write it as KEY=VALUE, for instance train.steps=400")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{key}={text}: the value is not YAML ({_problem(error)}); quote it") from error
+    *sections, name = key.split(".")
+    for depth, section in enumerate(sections):
+        inner = settings.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(
+                f"{key}: {'.'.join(sections[: depth + 1])} is a value, not a section; drop the rest of the key"
+            )
+        settings = inner
+    settings[name] = value
+
+
+def _explain(error: ValidationError) -> str:
+    """The first thing wrong, on one line; an unknown key first, since what it should have set is then missing too."""
+    details = sorted(error.errors(), key=lambda detail: detail["type"] != "extra_forbidden")
+    detail = details[0]
+    key = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        return f"unknown key {key}{_suggest(detail['loc'])}"
+    message = str(detail["msg"]).removeprefix("Value error, ")
+    if detail["type"] == "value_error":
+        return f"{key + ': ' if key else ''}{message}"
+    return f"{key}={detail['input']!r}: {message[:1].lower()}{message[1:]}"
+
+
+def _suggest(location: tuple[int | str, ...]) -> str:
+    known = _keys(Config)
+    key = ".".join(str(part) for part in location)
+    close = difflib.get_close_matches(key, known, n=1) or [
+        other for other in known if other.rpartition(".")[2] == str(location[-1])
+    ]
+    if close:
+        return f"; did you mean {close[0]}?"
+    siblings = [other for other in known if other.rpartition(".")[0] == key.rpartition(".")[0]]
+    return f"; known here: {', '.join(siblings)}"
+
+
+def _keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+    found = []
+    for name, field in section.model_fields.items():
+        found.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            found += _keys(field.annotation, f"{prefix}{name}.")
+    return found

@@ -1,0 +1,91 @@
+"""The recogniser: plain convolutions down to one row of frames, and a class for each frame.
+
+======================  ==========================  =================
+block (3 × 3 if none)   stride, height × width      result, W = width
+======================  ==========================  =================
+image                                               1 × 32 × W
+conv 1                  2 × 2                       16 × W/2
+conv 2                  2 × 2                       8 × W/4
+conv 3                  1 × 1                       8 × W/4
+conv 4                  2 × 1                       4 × W/4
+conv 5, 4 × 3           height is used up           1 × W/4
+linear                                              W/4 × classes
+======================  ==========================  =================
+
+Depthwise convolutions would need fewer multiplications, but Paddle's CPU build runs them forty times slower each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import paddle
+from paddle import nn
+
+import flatwater.paddle as fw
+from flatwater.recipes.ocr.config import ModelConfig, NormConfig
+
+__all__ = ["Recognizer"]
+
+
+class Recognizer(nn.Layer):
+    """Images of lines to logits.
+
+    Takes float32 [N, 1, 32, W] as :mod:`flatwater.recipes.ocr.preprocess` makes it, for any N and W, and gives float32
+    [N, ceil(W / 4), classes], before softmax, with CTC's blank as class 0.
+    """
+
+    def __init__(self, model: ModelConfig, norm: NormConfig, classes: int) -> None:
+        super().__init__()
+        first, second, third, fourth = model.channels
+        self.backbone = nn.Sequential(
+            _block(norm, 1, first, stride=2),
+            _block(norm, first, second, stride=2),
+            _block(norm, second, third),
+            _block(norm, third, fourth, stride=(2, 1)),
+        )
+        self.neck = _block(norm, fourth, model.features, kernel_size=(4, 3), padding=(0, 1))
+        self.head = nn.Linear(model.features, classes)
+
+    def forward(self, images: paddle.Tensor) -> paddle.Tensor:
+        """Logits [N, ceil(W / 4), classes]."""
+        features = self.neck(self.backbone(images))
+        return self.head(features.squeeze(2).transpose([0, 2, 1]))
+
+
+def _block(
+    norm: NormConfig,
+    in_channels: int,
+    out_channels: int,
+    kernel_size: int | Sequence[int] = 3,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 1,
+) -> nn.Layer:
+    """Convolution, norm, ReLU: a ConvBNLayer where the norm is batch norm."""
+    # He's initialization for what ReLU leaves; Paddle's default deviates with the size of the *output*.
+    weight = paddle.ParamAttr(initializer=nn.initializer.KaimingNormal())
+    if norm.kind == "batch_norm":
+        return fw.ConvBNLayer(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            momentum=norm.momentum,
+            epsilon=norm.epsilon,
+            weight_attr=weight,
+        )
+    conv = nn.Conv2D(
+        in_channels,
+        out_channels,
+        kernel_size,
+        stride,
+        padding,
+        weight_attr=weight,
+        bias_attr=None if norm.kind == "none" else False,
+    )
+    if norm.kind == "none":
+        return nn.Sequential(conv, nn.ReLU())
+    if norm.kind == "group_norm":
+        return nn.Sequential(conv, fw.GroupNorm(norm.groups, out_channels, epsilon=norm.epsilon, act="relu"))
+    return nn.Sequential(conv, fw.InstanceNorm2D(out_channels, epsilon=norm.epsilon, act="relu"))
