@@ -34,8 +34,8 @@ from flatwater.paddle.autograd import (
     update_running,
 )
 from flatwater.paddle.backend import Backend, choose_backend, is_replay
-from flatwater.paddle.composite import activate
-from flatwater.spec import NormSpec, SingleValue, canonical_activation
+from flatwater.paddle.norm import NormLayer
+from flatwater.spec import SingleValue
 
 __all__ = [
     "BatchNorm",
@@ -49,95 +49,8 @@ __all__ = [
     "backend_of",
 ]
 
-_FLOATS = ("float32", "float64", "bfloat16", "float16")
 
-
-class _Norm(paddle.nn.Layer):
-    """What all norm layers share. Mixed in before Paddle's class.
-
-    The attributes are class-level defaults, so that a stock layer becomes one of these by
-    exchanging its class (:func:`flatwater.paddle.convert`).
-    """
-
-    _act: str | None = None
-    _single_value: SingleValue = "error"
-    _ranks: tuple[int, ...] = ()
-
-    def _extend(self, act: str | None, single_value: SingleValue = "error") -> None:
-        """Take the arguments that Paddle's constructor does not know, and check the others."""
-        self._act = None if canonical_activation(act) == "none" else act
-        self._single_value = single_value
-        self._spec()
-
-    def _spec(self) -> NormSpec:
-        return NormSpec(
-            epsilon=self._epsilon,
-            momentum=getattr(self, "_momentum", 0.9),
-            single_value=self._single_value,
-            activation=canonical_activation(self._act),
-        )
-
-    def _format(self) -> str:
-        return str(getattr(self, "_data_layout", None) or self._data_format)
-
-    def _channels_last(self) -> bool:
-        # As Paddle reads it: the second letter decides, so "NC" is channels-first.
-        return self._format()[1] != "C"
-
-    def _channels(self) -> int:
-        raise NotImplementedError
-
-    def _affine(self) -> tuple[paddle.Tensor | None, paddle.Tensor | None]:
-        return self.weight, self.bias
-
-    def _norm_tensors(self) -> list[paddle.Tensor]:
-        """Parameters and moving statistics, as far as the layer has them."""
-        tensors = (*self._affine(), getattr(self, "_mean", None), getattr(self, "_variance", None))
-        return [tensor for tensor in tensors if tensor is not None]
-
-    def _label(self) -> str:
-        return f"{type(self).__name__} {self.full_name()!r}"
-
-    def _check(self, x: paddle.Tensor, residual: paddle.Tensor | None) -> None:
-        dtype = str(x.dtype).removeprefix("paddle.").rpartition(".")[2].lower()
-        rank = len(x.shape)
-        if rank not in self._ranks:
-            wanted = " or ".join(map(str, self._ranks)) if len(self._ranks) < 3 else f"{self._ranks[0]} or more"
-            raise InputError(f"{self._label()} got an input of shape {list(x.shape)}; it takes rank {wanted}")
-        if dtype not in _FLOATS:
-            raise InputError(f"{self._label()} got {dtype} input; normalization needs floats: use x.astype('float32')")
-        channels = x.shape[-1 if self._channels_last() else 1]
-        if channels not in (self._channels(), -1):
-            raise InputError(
-                f"{self._label()} has {self._channels()} channels but its input of shape {list(x.shape)} "
-                f"has {channels} ({self._format()}); give the layer the channel count of what it reads"
-            )
-        if residual is not None and list(residual.shape) != list(x.shape):
-            raise InputError(
-                f"{self._label()} got a residual of shape {list(residual.shape)} for an input of shape "
-                f"{list(x.shape)}; they are added, so the shapes must be equal"
-            )
-        if residual is not None and residual.dtype != x.dtype:
-            raise InputError(f"{self._label()} got a {residual.dtype} residual for {x.dtype} input; cast one of them")
-        for parameter in self._norm_tensors():
-            if (dtype == "float64") != (parameter.dtype == paddle.float64):
-                raise InputError(
-                    f"{self._label()} has {parameter.dtype} parameters but got {dtype} input; "
-                    f"cast the input, or the layer with layer.to(dtype={dtype!r})"
-                )
-
-    def _finish(self, z: paddle.Tensor, residual: paddle.Tensor | None) -> paddle.Tensor:
-        return activate(z if residual is None else z + residual, canonical_activation(self._act))
-
-    def extra_repr(self) -> str:
-        """Paddle's description of the layer, and what is added to it."""
-        parts = [super().extra_repr()] if hasattr(super(), "extra_repr") else []
-        parts += [f"act={self._act}"] if self._act else []
-        parts += [f"single_value={self._single_value}"] if self._single_value != "error" else []
-        return ", ".join(part for part in parts if part)
-
-
-class _BatchNorm(_Norm):
+class _BatchNorm(NormLayer):
     """Batch normalization (Ioffe & Szegedy, 2015).
 
         y = act(γ·(x - mean)·(var + ε)^(-1/2) + β + residual)
@@ -284,7 +197,7 @@ class BatchNorm3D(_BatchNorm, paddle.nn.BatchNorm3D):
         self._extend(act, single_value)
 
 
-class _SampleNorm(_Norm):
+class _SampleNorm(NormLayer):
     """Statistics per sample and group of channels; the same in ``train()`` and ``eval()``."""
 
     def _groups(self) -> int:
