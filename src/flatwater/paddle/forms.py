@@ -75,12 +75,12 @@ def forms_of(files: ModelFiles) -> list[Form]:
     if files.has_paddle:
         forms += [
             Form("paddle.jit.load", lambda: _run_program(files)),
-            Form("Paddle Inference, IR passes off", lambda: _run_inference(files, ir=False, onednn=False)),
-            Form("Paddle Inference, IR passes on", lambda: _run_inference(files, ir=True, onednn=False)),
+            Form("Paddle Inference, IR off", lambda: _run_inference(files, ir=False, onednn=False)),
+            Form("Paddle Inference, IR on", lambda: _run_inference(files, ir=True, onednn=False)),
         ]
         if paddle.device.get_device().startswith("cpu") and paddle.base.core.is_compiled_with_onednn():
             forms.append(
-                Form("Paddle Inference, IR passes and oneDNN", lambda: _run_inference(files, ir=True, onednn=True))
+                Form("Paddle Inference, oneDNN", lambda: _run_inference(files, ir=True, onednn=True))
             )
     if files.onnx.is_file():
         forms.append(onnx_form(files.onnx))

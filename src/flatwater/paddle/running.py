@@ -25,7 +25,7 @@ class Inputs:
 
     def arrays(self) -> list[npt.NDArray[Any]]:
         """All tensors in order, as NumPy arrays."""
-        return [to_numpy(tensor) for tensor in flatten((self.args, self.kwargs))]
+        return [to_numpy(tensor) for tensor in (*self.args, *self.kwargs.values())]
 
 
 def as_inputs(inputs: Any) -> Inputs:
@@ -68,11 +68,14 @@ def layers_of(model: paddle.nn.Layer) -> list[tuple[str, paddle.nn.Layer]]:
 
 
 def flatten(value: Any) -> list[paddle.Tensor]:
-    """The tensors in nested lists, tuples and dicts, in order."""
-    if isinstance(value, paddle.Tensor):
+    """The tensors in nested lists, tuples and dicts; dicts by sorted key, as an exported program returns them.
+
+    Tensors of a graph that is being captured count too.
+    """
+    if isinstance(value, paddle.Tensor | paddle.pir.Value):
         return [value]
     if isinstance(value, Mapping):
-        value = list(value.values())
+        value = [value[key] for key in sorted(value)]
     if isinstance(value, list | tuple):
         return [tensor for item in value for tensor in flatten(item)]
     return []

@@ -1,0 +1,257 @@
+"""``export``: a model into files that are proven to compute what the model computes, or no files at all."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import paddle
+
+from flatwater.errors import BackendError, CheckpointError, ExportError, InputError, VerificationError
+from flatwater.paddle.examples import batch_sizes_of, check_input_spec, make_examples
+from flatwater.paddle.fold import fold as fold_norms
+from flatwater.paddle.forms import ModelFiles, forms_of, live_form
+from flatwater.paddle.localize import first_divergence, probing
+from flatwater.paddle.running import Inputs, as_inputs, evaluating, layers_of, parameter_dtype
+from flatwater.paddle.verify import verify
+from flatwater.surgery import FoldReport
+from flatwater.verify import VerifyReport, VerifyRow, default_tolerance, one_line, resize_batch
+
+__all__ = ["ExportReport", "Format", "export"]
+
+Format = Literal["paddle", "onnx"]
+_FORMATS = ("paddle", "onnx")
+# The oldest operator set that has everything that image networks need; old runtimes read it too.
+_OPSET = 13
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was exported.
+
+    Attributes:
+        files: the files written.
+        fold: what folding did; None if it was not asked for.
+        verification: how far each form is from the live, unfolded model.
+        onnx_batch_norms: BatchNormalization nodes left in the ONNX graph; None if there is no such file.
+    """
+
+    files: list[Path]
+    fold: FoldReport | None
+    verification: VerifyReport
+    onnx_batch_norms: int | None
+
+    def __str__(self) -> str:
+        lines = [f"wrote {', '.join(map(str, self.files))}"]
+        if self.onnx_batch_norms is not None:
+            lines.append(f"{self.onnx_batch_norms} BatchNormalization nodes in the ONNX graph")
+        lines += [str(self.fold)] if self.fold is not None else []
+        return "\n".join([*lines, str(self.verification)])
+
+
+def export(
+    model: paddle.nn.Layer,
+    path: str | Path,
+    input_spec: Sequence[paddle.static.InputSpec],
+    formats: Sequence[Format] = ("paddle", "onnx"),
+    fold: bool = True,
+    *,
+    example_inputs: Any = None,
+    tolerance: float | None = None,
+    show: bool = False,
+) -> ExportReport:
+    """Export ``model`` as it computes in ``eval()``, verify every form against it, and only then write the files.
+
+    The model is folded, captured with ``paddle.jit.save``, converted with paddle2onnx, and unfolded again. What was
+    captured is then compared with the unfolded model (:func:`~flatwater.paddle.verify`, batch sizes 1, 2 and 17). All
+    this happens in a temporary folder. Afterwards, and after any error, the model is as it was before, bit for bit.
+
+    Args:
+        path: prefix of what is written: ``path.json`` and ``path.pdiparams`` (a PIR program), ``path.onnx``.
+        input_spec: the inputs in order; None or -1 for a dynamic size, as the batch.
+        formats: ``"paddle"``, ``"onnx"`` or both. ONNX needs ``pip install 'flatwater[onnx]'``.
+        fold: fold batch norms into convolutions, as :func:`~flatwater.paddle.fold` does.
+        example_inputs: what to fold and verify on. Default: reproducible random numbers of the shapes in
+            ``input_spec``, dynamic sizes other than the batch being tried as 64, 224 and 32.
+        tolerance: of folding and of verification, see :func:`~flatwater.paddle.verify`.
+        show: print the verification table.
+
+    Raises:
+        VerificationError: a form computes something else, or does not run; the message names the first layer that
+            diverges. Nothing was written.
+        ExportError: the model cannot be captured or converted, or the disk is full. Nothing was written.
+        InputError: a prefix, input_spec or format that is none.
+        SurgeryError, StatisticsError: see :func:`~flatwater.paddle.fold`.
+        BackendError: ONNX was asked for and its packages are not installed.
+    """
+    layers_of(model)
+    files = ModelFiles(path)
+    specs = check_input_spec(input_spec)
+    if not formats or isinstance(formats, str) or any(one not in _FORMATS for one in formats):
+        raise InputError(f"formats={formats!r} is not a sequence of {' and '.join(map(repr, _FORMATS))}")
+    targets = [files.program, files.parameters] if "paddle" in formats else []
+    targets += [files.onnx] if "onnx" in formats else []
+    for target in targets:
+        if target.is_dir():
+            raise ExportError(f"{target}: is a folder; choose another prefix")
+    examples = make_examples(model, specs) if example_inputs is None else as_inputs(example_inputs)
+    if len(examples.arrays()) != len(specs):
+        raise InputError(f"{len(examples.arrays())} example inputs for an input_spec of {len(specs)}; give one for each")
+    job = _Job(model, specs, examples, "onnx" in formats, fold, tolerance)
+    with _folder_beside(files.prefix) as folder:
+        staged = ModelFiles(folder / files.prefix.name)
+        with job.folded() as fold_report:
+            job.write(staged)
+        report = job.verify(staged, show)
+        batch_norms = _count_batch_norms(staged.onnx) if "onnx" in formats else None
+        try:
+            files.prefix.parent.mkdir(parents=True, exist_ok=True)
+            for target in targets:
+                (folder / target.name).replace(target)
+        except OSError as error:
+            raise ExportError(f"{files.prefix}: cannot be written ({error.strerror}); free the place or choose another") from error
+    return ExportReport(targets, fold_report, report, batch_norms)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One export, up to and including its verification."""
+
+    model: paddle.nn.Layer
+    specs: list[paddle.static.InputSpec]
+    examples: Inputs
+    onnx: bool
+    fold: bool
+    tolerance: float | None
+
+    @contextlib.contextmanager
+    def folded(self) -> Iterator[FoldReport | None]:
+        """The model folded, if that was asked for, and unfolded afterwards."""
+        if not self.fold:
+            yield None
+            return
+        fold_report = fold_norms(self.model, self._arguments(), tolerance=self.tolerance)
+        try:
+            yield fold_report
+        finally:
+            fold_report.undo()
+
+    def write(self, files: ModelFiles) -> None:
+        """Capture the model as it is now, and convert the program.
+
+        Raises:
+            ExportError: Paddle cannot capture it, or paddle2onnx cannot convert it.
+        """
+        name = type(self.model).__name__
+        with evaluating(self.model):
+            try:
+                # with_hook: hooks on the model itself are part of what the live model computes.
+                paddle.jit.save(self.model, str(files.prefix), self.specs, with_hook=True)
+            except OSError as error:
+                raise ExportError(f"{files.prefix}: cannot be written ({error.strerror}); free some space") from error
+            except Exception as error:  # Paddle's own errors share no class
+                raise ExportError(
+                    f"{name} cannot be captured as a program: {one_line(error)}; see paddle.jit.to_static"
+                ) from error
+        if self.onnx:
+            _convert_to_onnx(files, name)
+
+    def verify(self, files: ModelFiles, show: bool) -> VerifyReport:
+        """Compare what was written with the model.
+
+        Raises:
+            VerificationError: some form differs, or does not run.
+        """
+        sizes = batch_sizes_of(self.specs)
+        try:
+            report = verify(
+                self.model, files.prefix, self._arguments(), batch_sizes=sizes, tolerance=self.tolerance, show=show
+            )
+        except CheckpointError as error:
+            raise VerificationError(f"{type(self.model).__name__}: what was exported cannot be read back: {error}") from error
+        if not report.passed:
+            raise VerificationError(self._explain(report.failures))
+        return report
+
+    def _explain(self, failures: list[VerifyRow]) -> str:
+        row = failures[0]
+        name = type(self.model).__name__
+        if row.max_rel is None:
+            what = f"{row.form} at batch {row.batch}: {row.note}"
+        else:
+            what = (
+                f"{row.form} at batch {row.batch} differs by {row.max_rel:.2g} of the output's scale "
+                f"(tolerance {row.tolerance:.2g})"
+            )
+        first = self._first_divergence(row)
+        where = f"; the first layer to diverge is {first}" if first else "; no single layer shows it when probed"
+        return f"{name}: {what}{where}; {len(failures)} comparisons failed and nothing was written"
+
+    def _first_divergence(self, row: VerifyRow) -> str | None:
+        """Export once more with what every layer writes as outputs, and compare these in the form that failed."""
+        with tempfile.TemporaryDirectory() as folder, self.folded() as fold_report:
+            files = ModelFiles(Path(folder) / "probe")
+            merged = [pair.conv for pair in fold_report.folded] if fold_report is not None else []
+            try:
+                with probing(self.model, left_out=merged):
+                    self.write(files)
+                form = next(form for form in forms_of(files) if form.name == row.form)
+                batch = resize_batch(self.examples.arrays(), row.batch)
+                actual = form.load()(batch)
+                if fold_report is not None:
+                    fold_report.undo()
+                with evaluating(self.model), probing(self.model, left_out=merged) as names:
+                    expected = live_form(self.model, self.examples)(batch)
+            except Exception:  # the form may fail to run with the probes too; that is reported already
+                return None
+        return first_divergence(names, expected, actual, row.tolerance)
+
+    def _arguments(self) -> Any:
+        return self.examples.kwargs or list(self.examples.args)
+
+
+def _convert_to_onnx(files: ModelFiles, name: str) -> None:
+    try:
+        import paddle2onnx
+    except ImportError as error:
+        raise BackendError("paddle2onnx is not installed; pip install 'flatwater[onnx]', or formats=('paddle',)") from error
+    try:
+        # With a file to save to, paddle2onnx runs Polygraphy, which pip-installs packages; so take the bytes.
+        content = paddle2onnx.export(
+            str(files.program), str(files.parameters), None, opset_version=_OPSET, enable_optimize=False
+        )
+    except Exception as error:  # paddle2onnx logs its error and then trips over the result that is missing
+        raise ExportError(
+            f"paddle2onnx cannot convert {name} ({one_line(error)}; its log says more); use formats=('paddle',)"
+        ) from error
+    try:
+        files.onnx.write_bytes(content)
+    except OSError as error:
+        raise ExportError(f"{files.onnx}: cannot be written ({error.strerror}); free some space") from error
+
+
+def _count_batch_norms(file: Path) -> int:
+    import onnx
+
+    graph = onnx.load(str(file), load_external_data=False).graph
+    return sum(node.op_type == "BatchNormalization" for node in graph.node)
+
+
+@contextlib.contextmanager
+def _folder_beside(prefix: Path) -> Iterator[Path]:
+    """A temporary folder on the target's file system, so that moving out of it is atomic."""
+    home = prefix.absolute().parent
+    while not home.is_dir():
+        if home.exists():
+            raise ExportError(f"{home}: is a file, so nothing can be written below it; choose another prefix")
+        home = home.parent
+    try:
+        folder = tempfile.TemporaryDirectory(dir=home, prefix=f".{prefix.name}.")
+    except OSError as error:
+        raise ExportError(f"{home}: cannot be written to ({error.strerror}); choose another prefix") from error
+    with folder as name:
+        yield Path(name)
