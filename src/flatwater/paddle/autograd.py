@@ -6,8 +6,11 @@ reads raw memory inside a captured graph would lose its gradients without a word
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from math import prod
+from typing import Any, TypeAlias
 
 import numpy as np
 import paddle
@@ -92,6 +95,9 @@ class GroupNormCall:
         return cls(groups, channels_last, activation, epsilon, np.zeros(size), np.zeros(size), np.zeros(size))
 
 
+_Call: TypeAlias = BatchNormCall | GroupNormCall
+
+
 def batch_norm(
     x: paddle.Tensor,
     weight: paddle.Tensor | None,
@@ -135,79 +141,73 @@ def update_running(mean: paddle.Tensor, variance: paddle.Tensor, call: BatchNorm
     )
 
 
-class _Norm(PyLayer):
-    """What both norms share: which tensors are kept, and in which order gradients are returned."""
+def _keep(ctx: Any, call: _Call, tensors: tuple[paddle.Tensor | None, ...]) -> None:
+    """Save what the backward pass needs: x, γ, β and the residual, and which of them need gradients."""
+    ctx.call = call
+    ctx.given = [tensor is not None for tensor in tensors]
+    # Asked now: a tensor that comes back from a hook (recompute, offloading) has forgotten it.
+    ctx.needed = [tensor is not None and not tensor.stop_gradient for tensor in tensors]
+    ctx.save_for_backward(*[tensor for tensor in tensors if tensor is not None])
 
-    @staticmethod
-    def keep(ctx, call, x, weight, bias, residual):
-        tensors = (x, weight, bias, residual)
-        ctx.call = call
-        ctx.given = [tensor is not None for tensor in tensors]
-        # Asked now: a tensor that comes back from a hook (recompute, offloading) has forgotten it.
-        ctx.needed = [tensor is not None and not tensor.stop_gradient for tensor in tensors]
-        ctx.save_for_backward(*[tensor for tensor in tensors if tensor is not None])
 
-    @staticmethod
-    def kept(ctx):
-        saved = iter(ctx.saved_tensor())
-        return [next(saved) if given else None for given in ctx.given]
+def _gradients(ctx: Any, dy: paddle.Tensor, launch: Callable[..., None]) -> tuple[paddle.Tensor | None, ...]:
+    """One gradient for each tensor that forward was given, None for those that need none.
 
-    @staticmethod
-    def gradients(ctx, dy, launch):
-        """Gradients for the tensors that forward was given, None where a tensor needs none.
+    ``launch(dy, x, dx, dresidual, **settings)`` runs the kernel.
+    """
+    call = ctx.call
+    saved = iter(ctx.saved_tensor())
+    tensors = [next(saved) if given else None for given in ctx.given]
+    needed = [need and asked for need, asked in zip(ctx.needed, asked_for(tensors), strict=True)]
+    # A gradient that will itself be differentiated has to consist of Paddle's operators.
+    differentiate = composite_gradients if paddle.is_grad_enabled() else partial(_kernel_gradients, needed, launch)
+    found = differentiate(dy, tensors, call)
+    each = zip(found, ctx.given, needed, strict=True)
+    return tuple(gradient if need else None for gradient, given, need in each if given)
 
-        ``launch(dy, x, dx, dresidual, sum_dz, sum_dz_xhat, weight, bias, residual)`` runs the kernel.
-        """
-        tensors = _Norm.kept(ctx)
-        x, weight, bias, residual = tensors
-        call = ctx.call
-        needed = [need and asked for need, asked in zip(ctx.needed, asked_for(tensors), strict=True)]
-        if paddle.is_grad_enabled():
-            # A gradient that will itself be differentiated has to consist of Paddle's operators.
-            found = composite_gradients(dy, x, weight, bias, residual, call)
-            return _Norm.in_order(ctx, found, needed)
-        x, dy = x.contiguous(), dy.contiguous()
-        residual = None if residual is None else residual.contiguous()
-        dx = paddle.empty_like(x) if needed[0] else None
-        dresidual = paddle.empty_like(x) if needed[3] else None
-        channels = x.shape[-1 if call.channels_last else 1]
-        sum_dz, sum_dz_xhat = np.zeros(channels), np.zeros(channels)
-        launch(
-            _buffer(dy, call),
-            _buffer(x, call),
-            _buffer(dx, call),
-            _buffer(dresidual, call),
-            sum_dz=sum_dz,
-            sum_dz_xhat=sum_dz_xhat,
-            weight=_vector(weight),
-            bias=_vector(bias),
-            residual=_buffer(residual, call),
-            activation=call.activation,
-        )
-        dweight = _stored(sum_dz_xhat, weight) if needed[1] else None
-        dbias = _stored(sum_dz, bias) if needed[2] else None
-        return _Norm.in_order(ctx, (dx, dweight, dbias, dresidual), needed)
 
-    @staticmethod
-    def in_order(ctx, gradients, needed):
-        """One gradient for each tensor that forward was given, None for those that need none."""
-        each = zip(gradients, ctx.given, needed, strict=True)
-        return tuple(gradient if needed else None for gradient, given, needed in each if given)
+def _kernel_gradients(
+    needed: list[bool],
+    launch: Callable[..., None],
+    dy: paddle.Tensor,
+    tensors: list[paddle.Tensor | None],
+    call: _Call,
+) -> tuple[paddle.Tensor | None, ...]:
+    x, weight, bias, residual = tensors
+    x, dy = x.contiguous(), dy.contiguous()
+    residual = None if residual is None else residual.contiguous()
+    dx = paddle.empty_like(x) if needed[0] else None
+    dresidual = paddle.empty_like(x) if needed[3] else None
+    channels = x.shape[-1 if call.channels_last else 1]
+    sum_dz, sum_dz_xhat = np.zeros(channels), np.zeros(channels)
+    launch(
+        _buffer(dy, call),
+        _buffer(x, call),
+        None if dx is None else _buffer(dx, call),
+        None if dresidual is None else _buffer(dresidual, call),
+        sum_dz=sum_dz,
+        sum_dz_xhat=sum_dz_xhat,
+        **_settings(weight, bias, residual, call),
+    )
+    dweight = _stored(sum_dz_xhat, weight) if needed[1] else None
+    dbias = _stored(sum_dz, bias) if needed[2] else None
+    return dx, dweight, dbias, dresidual
 
 
 class _BatchNorm(PyLayer):
     @staticmethod
-    def forward(ctx, x, weight, bias, residual, call):
-        _Norm.keep(ctx, call, x, weight, bias, residual)
+    def forward(
+        ctx: Any,
+        x: paddle.Tensor,
+        weight: paddle.Tensor | None,
+        bias: paddle.Tensor | None,
+        residual: paddle.Tensor | None,
+        call: BatchNormCall,
+    ) -> paddle.Tensor:
+        _keep(ctx, call, (x, weight, bias, residual))
         x, residual = x.contiguous(), None if residual is None else residual.contiguous()
         y = paddle.empty_like(x)
-        settings = {
-            "weight": _vector(weight),
-            "bias": _vector(bias),
-            "residual": _buffer(residual, call),
-            "activation": call.activation,
-        }
-        source, target = _buffer(x, call), _buffer(y, call)
+        source, target, settings = _buffer(x, call), _buffer(y, call), _settings(weight, bias, residual, call)
         if call.frozen:
             kernels.batch_normalize(source, target, mean=call.mean, inv_std=call.inv_std, **settings)
         else:
@@ -217,19 +217,23 @@ class _BatchNorm(PyLayer):
         return y
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: paddle.Tensor) -> tuple[paddle.Tensor | None, ...]:
         call = ctx.call
-
-        def launch(*buffers, **settings):
-            kernels.batch_norm_backward(*buffers, mean=call.mean, inv_std=call.inv_std, frozen=call.frozen, **settings)
-
-        return _Norm.gradients(ctx, dy, launch)
+        launch = partial(kernels.batch_norm_backward, mean=call.mean, inv_std=call.inv_std, frozen=call.frozen)
+        return _gradients(ctx, dy, launch)
 
 
 class _GroupNorm(PyLayer):
     @staticmethod
-    def forward(ctx, x, weight, bias, residual, call):
-        _Norm.keep(ctx, call, x, weight, bias, residual)
+    def forward(
+        ctx: Any,
+        x: paddle.Tensor,
+        weight: paddle.Tensor | None,
+        bias: paddle.Tensor | None,
+        residual: paddle.Tensor | None,
+        call: GroupNormCall,
+    ) -> paddle.Tensor:
+        _keep(ctx, call, (x, weight, bias, residual))
         x, residual = x.contiguous(), None if residual is None else residual.contiguous()
         y = paddle.empty_like(x)
         kernels.group_norm_forward(
@@ -240,33 +244,36 @@ class _GroupNorm(PyLayer):
             m2=call.m2,
             inv_std=call.inv_std,
             epsilon=call.epsilon,
-            weight=_vector(weight),
-            bias=_vector(bias),
-            residual=_buffer(residual, call),
-            activation=call.activation,
+            **_settings(weight, bias, residual, call),
         )
         return y
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: paddle.Tensor) -> tuple[paddle.Tensor | None, ...]:
         call = ctx.call
-
-        def launch(*buffers, **settings):
-            kernels.group_norm_backward(*buffers, groups=call.groups, mean=call.mean, inv_std=call.inv_std, **settings)
-
-        return _Norm.gradients(ctx, dy, launch)
+        launch = partial(kernels.group_norm_backward, groups=call.groups, mean=call.mean, inv_std=call.inv_std)
+        return _gradients(ctx, dy, launch)
 
 
-def _buffer(tensor: paddle.Tensor | None, call: BatchNormCall | GroupNormCall) -> Buffer | None:
-    if tensor is None:
-        return None
+def _settings(
+    weight: paddle.Tensor | None, bias: paddle.Tensor | None, residual: paddle.Tensor | None, call: _Call
+) -> dict[str, Any]:
+    return {
+        "weight": None if weight is None else _vector(weight),
+        "bias": None if bias is None else _vector(bias),
+        "residual": None if residual is None else _buffer(residual, call),
+        "activation": call.activation,
+    }
+
+
+def _buffer(tensor: paddle.Tensor, call: _Call) -> Buffer:
     outer, *rest = tensor.shape
     channels = rest.pop() if call.channels_last else rest.pop(0)
     return Buffer(tensor.data_ptr(), _dtype(tensor), (outer, channels, prod(rest)), call.channels_last)
 
 
-def _vector(tensor: paddle.Tensor | None) -> Vector | None:
-    return None if tensor is None else Vector(tensor.data_ptr(), _dtype(tensor), tensor.shape[0])
+def _vector(tensor: paddle.Tensor) -> Vector:
+    return Vector(tensor.data_ptr(), _dtype(tensor), tensor.shape[0])
 
 
 def _dtype(tensor: paddle.Tensor) -> str:

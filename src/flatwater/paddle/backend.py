@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from types import FrameType
 from typing import Literal
 
 import paddle
@@ -38,7 +39,7 @@ def is_replay() -> bool:
     Statistics were updated the first time. Both of Paddle's implementations replay from a function
     of their own: the backward of a ``PyLayer``, or the unpacking of a saved tensor.
     """
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
         if code.co_name in ("backward", "unpack") and "recompute" in code.co_filename:

@@ -7,6 +7,7 @@ or Paddle's fused operators.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import paddle
@@ -34,14 +35,9 @@ def activate(z: paddle.Tensor, activation: Activation) -> paddle.Tensor:
 
 
 def composite_gradients(
-    dy: paddle.Tensor,
-    x: paddle.Tensor,
-    weight: paddle.Tensor | None,
-    bias: paddle.Tensor | None,
-    residual: paddle.Tensor | None,
-    call: BatchNormCall | GroupNormCall,
+    dy: paddle.Tensor, tensors: Sequence[paddle.Tensor | None], call: BatchNormCall | GroupNormCall
 ) -> tuple[paddle.Tensor, ...]:
-    """The gradients for x, γ, β and the residual, as differentiable functions of ``dy`` and of each of them.
+    """The gradients for ``tensors``, x, γ, β and the residual, as differentiable functions of ``dy`` and of each.
 
     With dz = dy·act'(z), and means over everything that shares statistics,
 
@@ -49,6 +45,7 @@ def composite_gradients(
 
     and only ``γ·dz·inv_std`` for frozen statistics.
     """
+    x, weight, bias, residual = tensors
     axis = x.ndim - 1 if call.channels_last else 1
     channels = x.shape[axis]
     groups = getattr(call, "groups", None)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from types import FrameType
 from typing import Any
 
 import paddle
@@ -32,7 +33,7 @@ def asked_for(tensors: list[paddle.Tensor | None]) -> list[bool]:
 
 def _inputs_of_paddle_grad() -> list[paddle.Tensor] | None:
     """What the ``paddle.grad`` that is running was asked for; None if none is running."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
         if code.co_name == "grad" and code.co_filename.endswith("dygraph/base.py"):
