@@ -157,7 +157,7 @@ def _gradients(ctx: Any, dy: paddle.Tensor, launch: Callable[..., None]) -> tupl
     """
     call = ctx.call
     saved = iter(ctx.saved_tensor())
-    tensors = [next(saved) if given else None for given in ctx.given]
+    tensors: list[Any] = [next(saved) if given else None for given in ctx.given]
     needed = [need and asked for need, asked in zip(ctx.needed, asked_for(tensors), strict=True)]
     # A gradient that will itself be differentiated has to consist of Paddle's operators.
     differentiate = composite_gradients if paddle.is_grad_enabled() else partial(_kernel_gradients, needed, launch)
@@ -170,7 +170,7 @@ def _kernel_gradients(
     needed: list[bool],
     launch: Callable[..., None],
     dy: paddle.Tensor,
-    tensors: list[paddle.Tensor | None],
+    tensors: list[Any],
     call: _Call,
 ) -> tuple[paddle.Tensor | None, ...]:
     x, weight, bias, residual = tensors

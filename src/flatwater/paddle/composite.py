@@ -8,7 +8,7 @@ or Paddle's fused operators.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import paddle
 import paddle.nn.functional as F
@@ -35,7 +35,7 @@ def activate(z: paddle.Tensor, activation: Activation) -> paddle.Tensor:
 
 
 def composite_gradients(
-    dy: paddle.Tensor, tensors: Sequence[paddle.Tensor | None], call: BatchNormCall | GroupNormCall
+    dy: paddle.Tensor, tensors: Sequence[Any], call: BatchNormCall | GroupNormCall
 ) -> tuple[paddle.Tensor, ...]:
     """The gradients for ``tensors``, x, γ, β and the residual, as differentiable functions of ``dy`` and of each.
 
