@@ -1,8 +1,19 @@
-"""Flatwater for PaddlePaddle: ``import flatwater.paddle as fw``."""
+"""Flatwater for PaddlePaddle: ``import flatwater.paddle as fw``.
+
+Train    ``BatchNorm``, ``BatchNorm1D/2D/3D``, ``GroupNorm``, ``InstanceNorm1D/2D/3D``, ``ConvBNLayer``, or
+         ``convert(model)`` for a model that exists; ``flatwater.paddle.nn`` stands in for ``paddle.nn``
+See      ``NormMonitor``
+Control  ``freeze`` and ``thaw``
+Ship     ``fold``, ``export``, ``verify``
+"""
 
 from flatwater.paddle import nn
 from flatwater.paddle.conv import ConvBNLayer
 from flatwater.paddle.convert import ConversionReport, convert, revert
+from flatwater.paddle.export import ExportReport, export
+from flatwater.paddle.fold import fold
+from flatwater.paddle.folded import FoldedNorm
+from flatwater.paddle.freeze import freeze, thaw
 from flatwater.paddle.layers import (
     BatchNorm,
     BatchNorm1D,
@@ -14,6 +25,10 @@ from flatwater.paddle.layers import (
     InstanceNorm3D,
     backend_of,
 )
+from flatwater.paddle.monitor import NormMonitor
+from flatwater.paddle.verify import verify
+from flatwater.surgery import FoldReport, FreezeReport
+from flatwater.verify import VerifyReport
 
 __all__ = [
     "BatchNorm",
@@ -22,12 +37,23 @@ __all__ = [
     "BatchNorm3D",
     "ConvBNLayer",
     "ConversionReport",
+    "ExportReport",
+    "FoldReport",
+    "FoldedNorm",
+    "FreezeReport",
     "GroupNorm",
     "InstanceNorm1D",
     "InstanceNorm2D",
     "InstanceNorm3D",
+    "NormMonitor",
+    "VerifyReport",
     "backend_of",
     "convert",
+    "export",
+    "fold",
+    "freeze",
     "nn",
     "revert",
+    "thaw",
+    "verify",
 ]
