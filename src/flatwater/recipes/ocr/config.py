@@ -53,12 +53,13 @@ class NormConfig(_Section):
 class OptimizerConfig(_Section):
     """How the weights are changed. The rate rises linearly, then falls as a cosine to 1/100 of its peak."""
 
-    kind: Literal["momentum", "adamw"] = "momentum"
-    learning_rate: float = Field(0.2, gt=0)
-    """At its peak."""
+    kind: Literal["momentum", "adamw"] = "adamw"
+    learning_rate: float = Field(0.003, gt=0)
+    """At its peak. With batch norm, kind ``momentum`` likes 0.1 to 0.3."""
     momentum: float = Field(0.9, ge=0, lt=1)
     """Nesterov's, for kind ``momentum``."""
-    weight_decay: float = Field(1e-4, ge=0)
+    weight_decay: float = Field(0.02, ge=0)
+    """AdamW's is decoupled from the gradient; kind ``momentum`` likes 1e-4."""
     warmup: float = Field(0.08, ge=0, lt=1)
     """The share of all steps in which the rate rises."""
     clip_norm: float = Field(5.0, gt=0)
@@ -78,6 +79,8 @@ class TrainConfig(_Section):
     evaluate_lines: int = Field(240, ge=1)
     """How many test lines the evaluations on the way look at; the one at the end takes all."""
     checkpoint_every: int = Field(100, ge=1)
+    monitor_every: int = Field(50, ge=1)
+    """How often the norm layers' distributions and statistics are sampled for the report."""
 
 
 class DataConfig(_Section):
@@ -213,14 +216,14 @@ def _explain(error: ValidationError) -> str:
 
 
 def _suggest(location: tuple[int | str, ...]) -> str:
+    """What may have been meant: a similar name in the same section, else that very name in another."""
+    *section, name = (str(part) for part in location)
     known = _keys(Config)
-    key = ".".join(str(part) for part in location)
-    close = difflib.get_close_matches(key, known, n=1) or [
-        other for other in known if other.rpartition(".")[2] == str(location[-1])
-    ]
-    if close:
-        return f"; did you mean {close[0]}?"
-    siblings = [other for other in known if other.rpartition(".")[0] == key.rpartition(".")[0]]
+    siblings = [key for key in known if key.split(".")[:-1] == section]
+    close = difflib.get_close_matches(".".join([*section, name]), siblings, n=1, cutoff=0.75)
+    meant = close or [key for key in known if key.split(".")[-1] == name]
+    if meant:
+        return f"; did you mean {' or '.join(meant)}?"
     return f"; known here: {', '.join(siblings)}"
 
 

@@ -20,7 +20,7 @@ from flatwater.recipes.ocr import fonts as font_files
 from flatwater.recipes.ocr.config import Config
 from flatwater.recipes.ocr.fonts import Font
 from flatwater.recipes.ocr.labels import BLANK, Alphabet
-from flatwater.recipes.ocr.preprocess import normalize, pad, prepare
+from flatwater.recipes.ocr.preprocess import load_line, normalize, pad
 from flatwater.recipes.ocr.render import Rendered, render
 
 __all__ = ["IGNORE", "STRIDE", "WIDTH_MULTIPLE", "Batch", "DataSource", "Sample", "read_label_list"]
@@ -61,7 +61,7 @@ class Sample:
 
     def image(self) -> Array:
         """As the recogniser takes it, float32 [1, 32, W]."""
-        return prepare(self.picture)
+        return load_line(self.picture)
 
 
 class DataSource:

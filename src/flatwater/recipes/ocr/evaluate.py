@@ -71,8 +71,8 @@ def read_samples(
                 numbers = by_width[start : start + batch_size]
                 lines = [images[number] for number in numbers]
                 logits = model(paddle.to_tensor(pad(lines, WIDTH_MULTIPLE))).numpy()
-                frames = [-(-line.shape[-1] // STRIDE) for line in lines]
-                readings.update(zip(numbers, alphabet.decode(logits, frames), strict=True))
+                for number, line, frames in zip(numbers, lines, logits, strict=True):
+                    readings[number] = alphabet.decode(frames[: -(-line.shape[-1] // STRIDE)])
     finally:
         if training:
             model.train()

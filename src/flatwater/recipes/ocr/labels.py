@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,8 +17,11 @@ BLANK = 0
 
 
 class Reading(NamedTuple):
-    """A decoded line. ``confidence`` is the mean over its characters of the probability each was read with; an
-    empty line has the mean probability of the blank."""
+    """A decoded line.
+
+    ``confidence`` is the mean, over its characters, of the probability each was read with; for an empty line that
+    of the blank, over its frames.
+    """
 
     text: str
     confidence: float
@@ -65,22 +68,17 @@ class Alphabet:
                 "add it to data.extra_characters, or raise data.characters"
             ) from error
 
-    def decode(self, logits: npt.NDArray[np.floating[Any]], lengths: Sequence[int] | None = None) -> list[Reading]:
+    def decode(self, logits: npt.NDArray[np.floating[Any]]) -> Reading:
         """Greedy CTC: the best class of each frame, repetitions merged, blanks dropped.
 
         Args:
-            logits: [N, T, classes], before softmax.
-            lengths: the frames of each line that count; without it all T.
+            logits: [T, classes], before softmax.
         """
-        shifted = logits - logits.max(axis=-1, keepdims=True)
-        best = shifted.argmax(axis=-1)
-        probability = 1.0 / np.exp(shifted).sum(axis=-1)
-        ends = [logits.shape[1]] * len(logits) if lengths is None else lengths
-        return [self._read(best[n, :end], probability[n, :end]) for n, end in enumerate(ends)]
-
-    def _read(self, best: npt.NDArray[np.intp], probability: npt.NDArray[np.floating[Any]]) -> Reading:
-        if not best.size:
+        if not len(logits):
             return Reading("", 0.0)
+        shifted = logits - logits.max(axis=-1, keepdims=True)
+        probability = 1 / np.exp(shifted).sum(axis=-1)
+        best = logits.argmax(axis=-1)
         starts = np.flatnonzero(np.diff(best, prepend=-1))
         highest = np.maximum.reduceat(probability, starts)
         classes = best[starts]

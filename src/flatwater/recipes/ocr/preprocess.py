@@ -12,34 +12,34 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, ImageOps
 
 from flatwater.errors import DataError
 
-__all__ = ["HEIGHT", "MAX_WIDTH", "MIN_WIDTH", "normalize", "pad", "prepare"]
+__all__ = ["HEIGHT", "MAX_WIDTH", "MIN_WIDTH", "load_line", "normalize", "pad"]
 
 HEIGHT = 32
 MIN_WIDTH = 16
-MAX_WIDTH = 4096
+MAX_WIDTH = 8192
 _EPSILON = 0.01  # of the deviation: a blank line must not become a picture of its noise
 
 Array = npt.NDArray[np.float32]
 
 
-def prepare(image: str | Path | Image.Image | npt.NDArray[Any]) -> Array:
+def load_line(image: str | Path | Image.Image | npt.NDArray[Any]) -> Array:
     """A file, a Pillow image, or an array ([H, W] or [H, W, 3], uint8 or floats in [0, 1]) as float32 [1, 32, W].
 
-    Transparent pixels count as white.
+    Transparent pixels count as white, and a camera's note of which way is up is followed.
 
     Raises:
-        DataError: it cannot be read, is empty, or is wider than 128 times its height.
+        DataError: it cannot be read, is empty, or is wider than 256 times its height.
     """
     name = str(image) if isinstance(image, str | Path) else "the image"
     grey = _grey(_open(image, name))
     width = max(MIN_WIDTH, round(grey.width * HEIGHT / grey.height))
     if width > MAX_WIDTH:
         raise DataError(
-            f"{name}: is {grey.width} x {grey.height}, more than {MAX_WIDTH // HEIGHT} times as wide as high; "
+            f"{name}: is {grey.width} x {grey.height} pixels, more than {MAX_WIDTH // HEIGHT} times as wide as high; "
             "cut it into shorter lines"
         )
     if (width, HEIGHT) != grey.size:
@@ -68,8 +68,7 @@ def _open(image: str | Path | Image.Image | npt.NDArray[Any], name: str) -> Imag
     elif not isinstance(image, Image.Image):
         try:
             with Image.open(image) as opened:
-                opened.load()
-                image = opened
+                image = ImageOps.exif_transpose(opened)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             reason = getattr(error, "strerror", None) or "no image that Pillow can decode"
             raise DataError(f"{name}: cannot be read ({reason}); give a PNG, JPEG or similar file") from error
