@@ -245,8 +245,7 @@ def _section(arrays: _Arrays, prefix: str) -> _Arrays:
 
 
 def _copy(tensors: Mapping[str, paddle.Tensor]) -> _Arrays:
-    # numpy() may share the tensor's memory, which the next step writes to.
-    return {name: np.array(tensor.numpy()) for name, tensor in tensors.items()}
+    return {name: tensor.numpy() for name, tensor in tensors.items()}
 
 
 def _assign(tensors: Mapping[str, paddle.Tensor], arrays: _Arrays) -> None:
