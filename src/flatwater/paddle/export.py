@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,10 @@ from flatwater.paddle.examples import batch_sizes_of, check_input_spec, make_exa
 from flatwater.paddle.fold import fold as fold_norms
 from flatwater.paddle.forms import ModelFiles, forms_of, live_form
 from flatwater.paddle.localize import first_divergence, probing
-from flatwater.paddle.running import Inputs, as_inputs, evaluating, layers_of, parameter_dtype
+from flatwater.paddle.running import Inputs, as_inputs, evaluating, layers_of
 from flatwater.paddle.verify import verify
 from flatwater.surgery import FoldReport
-from flatwater.verify import VerifyReport, VerifyRow, default_tolerance, one_line, resize_batch
+from flatwater.verify import VerifyReport, VerifyRow, one_line, resize_batch
 
 __all__ = ["ExportReport", "Format", "export"]
 
@@ -100,7 +101,9 @@ def export(
             raise ExportError(f"{target}: is a folder; choose another prefix")
     examples = make_examples(model, specs) if example_inputs is None else as_inputs(example_inputs)
     if len(examples.arrays()) != len(specs):
-        raise InputError(f"{len(examples.arrays())} example inputs for an input_spec of {len(specs)}; give one for each")
+        raise InputError(
+            f"{len(examples.arrays())} example inputs for an input_spec of {len(specs)}; give one for each"
+        )
     job = _Job(model, specs, examples, "onnx" in formats, fold, tolerance)
     with _folder_beside(files.prefix) as folder:
         staged = ModelFiles(folder / files.prefix.name)
@@ -113,7 +116,9 @@ def export(
             for target in targets:
                 (folder / target.name).replace(target)
         except OSError as error:
-            raise ExportError(f"{files.prefix}: cannot be written ({error.strerror}); free the place or choose another") from error
+            raise ExportError(
+                f"{files.prefix}: cannot be written ({error.strerror}); free the place or choose another"
+            ) from error
     return ExportReport(targets, fold_report, report, batch_norms)
 
 
@@ -149,8 +154,11 @@ class _Job:
         name = type(self.model).__name__
         with evaluating(self.model):
             try:
-                # with_hook: hooks on the model itself are part of what the live model computes.
-                paddle.jit.save(self.model, str(files.prefix), self.specs, with_hook=True)
+                with warnings.catch_warnings():
+                    # The order of a dict's values in the program is what `flatten` gives the live model's.
+                    warnings.filterwarnings("ignore", message="Found 'dict' in given outputs", category=UserWarning)
+                    # with_hook: hooks on the model itself are part of what the live model computes.
+                    paddle.jit.save(self.model, str(files.prefix), self.specs, with_hook=True)
             except OSError as error:
                 raise ExportError(f"{files.prefix}: cannot be written ({error.strerror}); free some space") from error
             except Exception as error:  # Paddle's own errors share no class
@@ -172,7 +180,9 @@ class _Job:
                 self.model, files.prefix, self._arguments(), batch_sizes=sizes, tolerance=self.tolerance, show=show
             )
         except CheckpointError as error:
-            raise VerificationError(f"{type(self.model).__name__}: what was exported cannot be read back: {error}") from error
+            raise VerificationError(
+                f"{type(self.model).__name__}: what was exported cannot be read back: {error}"
+            ) from error
         if not report.passed:
             raise VerificationError(self._explain(report.failures))
         return report
@@ -192,23 +202,38 @@ class _Job:
         return f"{name}: {what}{where}; {len(failures)} comparisons failed and nothing was written"
 
     def _first_divergence(self, row: VerifyRow) -> str | None:
-        """Export once more with what every layer writes as outputs, and compare these in the form that failed."""
-        with tempfile.TemporaryDirectory() as folder, self.folded() as fold_report:
-            files = ModelFiles(Path(folder) / "probe")
-            merged = [pair.conv for pair in fold_report.folded] if fold_report is not None else []
+        """Export once more with what layers write as outputs, and compare these in the form that failed.
+
+        An output more can keep a runtime from fusing layers, and so hide what is wrong with their fusion: what does
+        not show with all layers as outputs may with the norms alone.
+        """
+        layers = dict(layers_of(self.model))
+        innermost = {path for path, layer in layers.items() if not layer._sub_layers}
+        norms = {path for path in innermost if hasattr(layers[path], "_variance")}
+        for paths in (innermost, norms):
             try:
-                with probing(self.model, left_out=merged):
+                found = self._probe(row, paths)
+            except Exception:  # the form may fail to run with the probes too; that it fails is reported already
+                continue
+            if found is not None:
+                return found
+        return None
+
+    def _probe(self, row: VerifyRow, paths: set[str]) -> str | None:
+        with tempfile.TemporaryDirectory() as folder:
+            files = ModelFiles(Path(folder) / "probe")
+            with self.folded() as fold_report:
+                # What a convolution writes is another thing before and after its norm went into it.
+                merged = {pair.conv for pair in fold_report.folded} if fold_report is not None else set()
+                with probing(self.model, paths - merged) as names:
                     self.write(files)
-                form = next(form for form in forms_of(files) if form.name == row.form)
-                batch = resize_batch(self.examples.arrays(), row.batch)
-                actual = form.load()(batch)
-                if fold_report is not None:
-                    fold_report.undo()
-                with evaluating(self.model), probing(self.model, left_out=merged) as names:
-                    expected = live_form(self.model, self.examples)(batch)
-            except Exception:  # the form may fail to run with the probes too; that is reported already
-                return None
-        return first_divergence(names, expected, actual, row.tolerance)
+                captured = list(names)
+            form = next(form for form in forms_of(files) if form.name == row.form)
+            batch = resize_batch(self.examples.arrays(), row.batch)
+            actual = form.load()(batch)
+            with evaluating(self.model), probing(self.model, paths - merged) as names:
+                expected = live_form(self.model, self.examples)(batch)
+            return first_divergence(dict(zip(names, expected, strict=True)), captured, actual, row.tolerance)
 
     def _arguments(self) -> Any:
         return self.examples.kwargs or list(self.examples.args)
@@ -218,7 +243,9 @@ def _convert_to_onnx(files: ModelFiles, name: str) -> None:
     try:
         import paddle2onnx
     except ImportError as error:
-        raise BackendError("paddle2onnx is not installed; pip install 'flatwater[onnx]', or formats=('paddle',)") from error
+        raise BackendError(
+            "paddle2onnx is not installed; pip install 'flatwater[onnx]', or formats=('paddle',)"
+        ) from error
     try:
         # With a file to save to, paddle2onnx runs Polygraphy, which pip-installs packages; so take the bytes.
         content = paddle2onnx.export(

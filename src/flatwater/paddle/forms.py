@@ -53,7 +53,9 @@ class ModelFiles:
             CheckpointError: there is none.
         """
         if not self.has_paddle and not self.onnx.is_file():
-            raise CheckpointError(f"{self.prefix}: there is no {self.program.name} and no {self.onnx.name}; export first")
+            raise CheckpointError(
+                f"{self.prefix}: there is no {self.program.name} and no {self.onnx.name}; export first"
+            )
 
 
 def live_form(model: paddle.nn.Layer, inputs: Inputs) -> Run:
@@ -79,9 +81,7 @@ def forms_of(files: ModelFiles) -> list[Form]:
             Form("Paddle Inference, IR on", lambda: _run_inference(files, ir=True, onednn=False)),
         ]
         if paddle.device.get_device().startswith("cpu") and paddle.base.core.is_compiled_with_onednn():
-            forms.append(
-                Form("Paddle Inference, oneDNN", lambda: _run_inference(files, ir=True, onednn=True))
-            )
+            forms.append(Form("Paddle Inference, oneDNN", lambda: _run_inference(files, ir=True, onednn=True)))
     if files.onnx.is_file():
         forms.append(onnx_form(files.onnx))
     return forms
@@ -99,7 +99,9 @@ def load_program(files: ModelFiles) -> paddle.nn.Layer:
         if not isinstance(header, dict) or "program" not in header:
             raise ValueError("it holds no program")
     except ValueError as error:
-        raise CheckpointError(f"{files.program}: is not a Paddle program ({one_line(error)}); export it again") from error
+        raise CheckpointError(
+            f"{files.program}: is not a Paddle program ({one_line(error)}); export it again"
+        ) from error
     try:
         program = paddle.jit.load(str(files.prefix))
     except Exception as error:  # Paddle's own errors share no class

@@ -74,9 +74,7 @@ def thaw(model: paddle.nn.Layer, *, pattern: str | None = None) -> FreezeReport:
     return report
 
 
-def _matching(
-    model: paddle.nn.Layer, pattern: str | None, report: FreezeReport
-) -> list[tuple[str, paddle.nn.Layer]]:
+def _matching(model: paddle.nn.Layer, pattern: str | None, report: FreezeReport) -> list[tuple[str, paddle.nn.Layer]]:
     """The batch norms that ``pattern`` selects; other norms that it selects are noted as left."""
     layers = [(path, layer) for path, layer in layers_of(model) if pattern is None or fnmatchcase(path, pattern)]
     for path, layer in layers:
@@ -84,7 +82,9 @@ def _matching(
             report.left[path] = f"{type(layer).__name__} has no running statistics"
     matching = [(path, layer) for path, layer in layers if isinstance(layer, _BATCH_NORMS)]
     if not matching:
-        which = "has no batch norm layer" if pattern is None else f"has no batch norm layer whose path matches {pattern!r}"
+        which = (
+            "has no batch norm layer" if pattern is None else f"has no batch norm layer whose path matches {pattern!r}"
+        )
         raise SurgeryError(f"the {type(model).__name__} {which}; see model.named_sublayers() for its paths")
     return matching
 

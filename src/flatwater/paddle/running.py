@@ -13,7 +13,17 @@ import paddle.nn.functional as F
 
 from flatwater.errors import InputError, SurgeryError
 
-__all__ = ["Inputs", "SyncBatchNormOnCPU", "as_inputs", "evaluating", "flatten", "layers_of", "parameter_dtype", "run", "to_numpy"]
+__all__ = [
+    "Inputs",
+    "SyncBatchNormOnCPU",
+    "as_inputs",
+    "evaluating",
+    "flatten",
+    "layers_of",
+    "parameter_dtype",
+    "run",
+    "to_numpy",
+]
 
 
 class Inputs:
@@ -51,7 +61,7 @@ def _tensor(value: Any) -> paddle.Tensor:
     if isinstance(value, np.ndarray) and value.dtype != object:
         return paddle.to_tensor(value)
     raise InputError(
-        f"an example input is a {type(value).__name__}; give a paddle.Tensor or a NumPy array, or a list or dict of them"
+        f"an example input is a {type(value).__name__}; give a paddle.Tensor, a NumPy array, or a list or dict of them"
     )
 
 
@@ -122,7 +132,7 @@ def evaluating(model: paddle.nn.Layer) -> Iterator[None]:
     it is in ``eval()`` where its parameters are on the CPU.
     """
     layers = [layer for _, layer in layers_of(model)]
-    modes = [(layer, layer.training) for layer in layers]
+    modes = [(path, layer, layer.training) for path, layer in layers_of(model)]
     classes = [(layer, type(layer)) for layer in layers if type(layer) is paddle.nn.SyncBatchNorm and _on_cpu(layer)]
     statistics = [
         (tensor, tensor.clone())
@@ -137,10 +147,13 @@ def evaluating(model: paddle.nn.Layer) -> Iterator[None]:
         yield
     finally:
         for layer, kind in classes:
-            # A fold may have taken the layer out of the model; it is put right all the same.
             layer.__class__ = kind
-        for layer, training in modes:
+        present = dict(layers_of(model))
+        for path, layer, training in modes:
+            # Both the layer, which a fold may have taken out, and what stands in its place.
             layer.training = training
+            if path in present:
+                present[path].training = training
         for tensor, before in statistics:
             if not np.array_equal(to_numpy(tensor), to_numpy(before), equal_nan=True):
                 tensor.set_value(before)

@@ -23,7 +23,7 @@ _Array: TypeAlias = npt.NDArray[np.float64]
 
 _BATCH_NORMS = (paddle.nn.BatchNorm, paddle.nn.layer.norm._BatchNormBase)
 _PER_SAMPLE_NORMS = (paddle.nn.GroupNorm, paddle.nn.layer.norm._InstanceNormBase, paddle.nn.LayerNorm)
-_LAYOUTS: dict[type, WeightLayout] = {
+_LAYOUTS: dict[Any, WeightLayout] = {
     paddle.nn.Conv1D: "output-first",
     paddle.nn.Conv2D: "output-first",
     paddle.nn.Conv3D: "output-first",
@@ -66,8 +66,10 @@ class PaddleView:
         self.model = model
         self.inputs = inputs
         self.layers = dict(layers_of(model))
-        self.linears = {path: layer for path, layer in self.layers.items() if isinstance(layer, _LINEARS)}
-        self.norms = {
+        self.linears: dict[str, Any] = {
+            path: layer for path, layer in self.layers.items() if isinstance(layer, _LINEARS)
+        }
+        self.norms: dict[str, Any] = {
             path: layer for path, layer in self.layers.items() if isinstance(layer, (*_BATCH_NORMS, *_PER_SAMPLE_NORMS))
         }
         for path, layer in self.layers.items():
@@ -134,7 +136,8 @@ class PaddleView:
     def norm_values(self, path: str) -> NormValues:
         layer = self.norms[path]
         weight, bias = (None if one is None else _float64(one) for one in (layer.weight, layer.bias))
-        return NormValues(_float64(layer._mean), _float64(layer._variance), weight, bias, float(layer._epsilon))
+        epsilon = float(np.float32(layer._epsilon))  # as Paddle's operators hold it, in float64 too
+        return NormValues(_float64(layer._mean), _float64(layer._variance), weight, bias, epsilon)
 
     def observe(self) -> Observation:
         norms: dict[str, npt.NDArray[Any]] = {}
@@ -222,7 +225,7 @@ class PaddleView:
         return restore
 
 
-def _norm_obstacle(layer: paddle.nn.Layer) -> str | None:
+def _norm_obstacle(layer: Any) -> str | None:
     kind = type(layer).__name__
     if isinstance(layer, _PER_SAMPLE_NORMS):
         return f"{kind} normalizes each sample by itself; nothing of it is constant"
@@ -237,7 +240,7 @@ def _norm_obstacle(layer: paddle.nn.Layer) -> str | None:
     return None
 
 
-def _uses_batch_in_eval(layer: paddle.nn.Layer) -> bool:
+def _uses_batch_in_eval(layer: Any) -> bool:
     """Paddle's rules, which differ from class to class."""
     if isinstance(layer, paddle.nn.BatchNorm):
         return bool(layer._trainable_statistics) and not layer._use_global_stats
@@ -250,11 +253,11 @@ def _channel_axis(layer: paddle.nn.Layer, rank: int) -> int:
     """The axis of channels in a tensor of this rank; a Linear's outputs are its channels."""
     if isinstance(layer, paddle.nn.Linear) or rank < 3:
         return rank - 1
-    layout = getattr(layer, "_data_layout", None) or getattr(layer, "_data_format", "NCHW")
+    layout: str = getattr(layer, "_data_layout", None) or getattr(layer, "_data_format", None) or "NCHW"
     return 1 if layout[1] == "C" else rank - 1
 
 
-def _set_linear(layer: paddle.nn.Layer, weight: _Array, bias: _Array, *, stop_gradient: bool) -> Callable[[], None]:
+def _set_linear(layer: Any, weight: _Array, bias: _Array, *, stop_gradient: bool) -> Callable[[], None]:
     """Write new values, cast once; returns the exact way back."""
     old_weight = layer.weight.clone().detach()
     _write(layer.weight, weight)

@@ -10,7 +10,7 @@ import numpy as np
 from flatwater.errors import SurgeryError
 from flatwater.surgery.arithmetic import check_statistics, fold_values
 from flatwater.surgery.report import FoldedPair, FoldReport
-from flatwater.surgery.view import ModelView, Trace
+from flatwater.surgery.view import Call, ModelView, Trace
 
 __all__ = ["fold_model", "pair_up"]
 
@@ -48,15 +48,15 @@ def fold_model(view: ModelView, tolerance: float) -> FoldReport:
     except BaseException:
         folding.undo_to(0)
         raise
-    return FoldReport(
-        folding.folded, left, moved.max_abs, moved.max_rel, tolerance, [undo for _, undo in folding.done]
-    )
+    return FoldReport(folding.folded, left, moved.max_abs, moved.max_rel, tolerance, [undo for _, undo in folding.done])
 
 
 def pair_up(trace: Trace) -> tuple[list[FoldedPair], dict[str, str]]:
     """The pairs that the dataflow shows, and why each other norm layer is in none."""
     runs = Counter(call.path for call in trace.calls)
-    writers = {call.writes: call for call in trace.calls if call.path in trace.linears and call.writes is not None}
+    writers: dict[int | None, Call] = {
+        call.writes: call for call in trace.calls if call.path in trace.linears and call.writes is not None
+    }
     reading = {call.path: call for call in trace.calls if call.path in trace.norms}
     readers = Counter(call.reads for call in reading.values())
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 __all__ = ["VerifyReport", "VerifyRow"]
@@ -57,12 +58,12 @@ class VerifyReport:
         return {"passed": self.passed, "rows": [row.__dict__.copy() for row in self.rows]}
 
     def __rich__(self) -> Table:
-        table = Table(title="Every form against the live model")
+        reasons = {f"{row.form}: {row.note}": None for row in self.rows if row.note}  # each once, in order
+        table = Table(title="Every form against the live model", caption="\n".join(map(escape, reasons)) or None)
         for heading in ("form", "batch", "max |Δ|", "relative", "tolerance", ""):
-            numeric = heading not in ("form", "")
-            table.add_column(heading, justify="right" if numeric else "left", overflow="fold")
+            table.add_column(heading, justify="left" if heading in ("form", "") else "right", overflow="fold")
         for row in self.rows:
-            verdict = "[green]pass[/]" if row.passed else f"[red]FAIL[/] {row.note or ''}".rstrip()
+            verdict = "[green]pass[/]" if row.passed else "[red]FAIL[/]"
             table.add_row(
                 row.form, str(row.batch), _number(row.max_abs), _number(row.max_rel), f"{row.tolerance:.0e}", verdict
             )

@@ -1,0 +1,188 @@
+"""Export: files that are proven, or none; and a model that is as it was."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import paddle
+import pytest
+from networks import CONV_KINDS, evaluate, example, randomize, state_of
+from paddle import nn
+from paddle.static import InputSpec
+
+import flatwater.paddle as fw
+from flatwater.errors import ExportError, FlatwaterError, InputError, VerificationError
+from flatwater.paddle.export import export
+
+IMAGE = [InputSpec([None, 3, 64, 64], "float32", "image")]
+
+
+class OtherWhenCaptured(nn.Layer):
+    """Computes something else in a captured program than live: what export must never let through."""
+
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        return x if paddle.in_dynamic_mode() else x + 0.1
+
+
+def toy(*more: nn.Layer) -> nn.Layer:
+    return randomize(nn.Sequential(fw.ConvBNLayer(3, 4), *more, nn.Conv2D(4, 4, 3), nn.BatchNorm2D(4)))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v1", "mobilenet_v2", "mobilenet_v3_small"])
+def test_networks_export_without_batch_norm(name: str, tmp_path: Path) -> None:
+    model = randomize(getattr(paddle.vision.models, name)(pretrained=False))
+    fw.convert(model)
+    before, forward = state_of(model), model.forward
+    expected = evaluate(model, example(2, 3, 64, 64))
+
+    report = export(model, tmp_path / "new" / name, IMAGE)
+
+    assert report.verification.passed
+    assert report.onnx_batch_norms == 0
+    assert sorted(file.name for file in (tmp_path / "new").iterdir()) == [
+        f"{name}.json",
+        f"{name}.onnx",
+        f"{name}.pdiparams",
+    ]
+    graph = onnx.load(tmp_path / "new" / f"{name}.onnx").graph
+    assert "BatchNormalization" not in {node.op_type for node in graph.node}
+    assert graph.input[0].type.tensor_type.shape.dim[0].dim_param
+    # The live model is what it was.
+    assert model.forward == forward
+    assert all(layer.training for layer in model.sublayers())
+    after = state_of(model)
+    assert list(after) == list(before)
+    assert all(np.array_equal(after[key], before[key]) for key in before)
+    assert np.array_equal(evaluate(model, example(2, 3, 64, 64)), expected)
+
+
+@pytest.mark.parametrize("kind", ["conv1d", "depthwise", "transposed", "linear", "any rank", "synchronised", "ours"])
+def test_every_kind_of_layer_exports(kind: str, tmp_path: Path) -> None:
+    build, shape = CONV_KINDS[kind]
+    model = randomize(nn.Sequential(*build()))
+    report = export(model, tmp_path / "model", [InputSpec([None, *shape[1:]], "float32")])
+    assert report.onnx_batch_norms == 0
+    assert len(report.fold.folded) >= 1
+    if kind == "synchronised":
+        assert type(model[1]) is nn.SyncBatchNorm
+
+
+def test_without_folding_the_norms_stay_in_the_graph(tmp_path: Path) -> None:
+    report = export(toy(), tmp_path / "model", IMAGE, fold=False)
+    assert report.fold is None
+    assert report.onnx_batch_norms == 2
+    assert "2 BatchNormalization nodes" in str(report)
+
+
+@pytest.mark.parametrize(("formats", "suffixes"), [(("paddle",), {".json", ".pdiparams"}), (("onnx",), {".onnx"})])
+def test_only_the_formats_asked_for_are_written(formats: Any, suffixes: set[str], tmp_path: Path) -> None:
+    export(toy(), tmp_path / "model", IMAGE, formats)
+    assert {file.suffix for file in tmp_path.iterdir()} == suffixes
+
+
+@pytest.mark.parametrize("fold", [True, False])
+def test_a_diverging_program_is_not_written_and_the_layer_is_named(fold: bool, tmp_path: Path) -> None:
+    model = toy(OtherWhenCaptured())
+    before = state_of(model)
+    (tmp_path / "model.onnx").write_bytes(b"what stood there")
+    with pytest.raises(VerificationError, match=r"first layer to diverge is 1 \(OtherWhenCaptured\)") as caught:
+        export(model, tmp_path / "model", IMAGE, fold=fold)
+    assert "\n" not in str(caught.value)
+    assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
+    assert (tmp_path / "model.onnx").read_bytes() == b"what stood there"
+    after = state_of(model)
+    assert list(after) == list(before)
+    assert all(np.array_equal(after[key], before[key]) for key in before)
+    assert all(layer.training for layer in model.sublayers())
+
+
+def test_a_norm_that_uses_the_batch_in_eval_is_caught(tmp_path: Path) -> None:
+    """Paddle Inference uses running statistics where the live layer uses the batch's."""
+    model = randomize(nn.Sequential(nn.Conv2D(3, 4, 1), nn.BatchNorm2D(4, use_global_stats=False)))
+    before = state_of(model)
+    with pytest.raises(VerificationError, match=r"Paddle Inference.*1 \(BatchNorm2D\)"):
+        export(model, tmp_path / "model", IMAGE)
+    assert not list(tmp_path.iterdir())
+    assert all(np.array_equal(value, before[name]) for name, value in state_of(model).items())
+
+
+def test_a_failed_conversion_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import paddle2onnx
+
+    def fail(*arguments: object, **settings: object) -> bytes:
+        raise RuntimeError("operator unknown")
+
+    monkeypatch.setattr(paddle2onnx, "export", fail)
+    with pytest.raises(ExportError, match="paddle2onnx cannot convert Sequential"):
+        export(toy(), tmp_path / "model", IMAGE)
+    assert not list(tmp_path.iterdir())
+
+
+def test_sizes_other_than_the_batch_may_be_dynamic(tmp_path: Path) -> None:
+    report = export(toy(), tmp_path / "model", [InputSpec([None, 3, None, None], "float32")])
+    assert report.verification.passed
+
+
+def test_a_fixed_batch_is_verified_at_that_size(tmp_path: Path) -> None:
+    report = export(toy(), tmp_path / "model", [InputSpec([3, 3, 16, 16], "float32")])
+    assert {row.batch for row in report.verification.rows} == {3}
+
+
+def test_hooks_on_the_model_itself_are_exported(tmp_path: Path) -> None:
+    model = toy()
+    model.register_forward_post_hook(lambda layer, inputs, output: output * 3)
+    assert export(model, tmp_path / "model", IMAGE).verification.passed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"input_spec": []}, InputError, "not a list of paddle.static.InputSpec"),
+        ({"input_spec": [[1, 3, 8, 8]]}, InputError, "give paddle.static.InputSpec"),
+        ({"formats": ("tflite",)}, InputError, "tflite"),
+        ({"formats": "onnx"}, InputError, "formats='onnx'"),
+        ({"input_spec": [InputSpec([None, 5, 8, 8], "float32")]}, ExportError, "give example_inputs"),
+        ({"example_inputs": [example(1, 3, 8, 8)] * 2}, InputError, "2 example inputs for an input_spec of 1"),
+        ({"path": "model.onnx"}, InputError, "give the prefix"),
+    ],
+)
+def test_bad_arguments(
+    arguments: dict[str, Any],
+    error: type[FlatwaterError],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(error, match=message) as caught:
+        export(**{"model": toy(), "path": "model", "input_spec": IMAGE, **arguments})
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_places_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "model.json").mkdir()
+    with pytest.raises(ExportError, match=r"model\.json: is a folder"):
+        export(toy(), tmp_path / "model", IMAGE)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ExportError, match="is a file"):
+        export(toy(), tmp_path / "file" / "model", IMAGE)
+
+
+def test_nothing_is_installed_behind_the_users_back(tmp_path: Path) -> None:
+    """paddle2onnx runs Polygraphy, which runs pip, unless it is called as export calls it."""
+    code = (
+        "import sys, flatwater.paddle, paddle\n"
+        "from flatwater.paddle.export import export\n"
+        "net = paddle.nn.Sequential(paddle.nn.Conv2D(3, 4, 1), paddle.nn.BatchNorm2D(4))\n"
+        "export(net, sys.argv[1], [paddle.static.InputSpec([None, 3, 8, 8], 'float32')])\n"
+        "assert 'polygraphy' not in sys.modules\n"
+    )
+    environment = {**os.environ, "POLYGRAPHY_AUTOINSTALL_DEPS": "0"}
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "model")], check=True, env=environment, timeout=300)
