@@ -29,7 +29,7 @@ class ModelConfig(_Section):
 
     channels: tuple[int, int, int, int] = (32, 64, 128, 192)
     """Of the convolutions before the height is gone, from the image on."""
-    features: int = Field(320, ge=1)
+    features: int = Field(default=320, ge=1)
     """Of each time step, from which the classes are told."""
 
     @model_validator(mode="after")
@@ -43,10 +43,10 @@ class NormConfig(_Section):
     """The layer between each convolution and its activation."""
 
     kind: Literal["batch_norm", "group_norm", "instance_norm", "none"] = "batch_norm"
-    momentum: float = Field(0.9, ge=0, le=1)
+    momentum: float = Field(default=0.9, ge=0, le=1)
     """Batch norm: the share of the old running statistics that each step keeps."""
-    epsilon: float = Field(1e-5, gt=0)
-    groups: int = Field(8, ge=1)
+    epsilon: float = Field(default=1e-5, gt=0)
+    groups: int = Field(default=8, ge=1)
     """Group norm only; must divide every number of channels."""
 
 
@@ -54,32 +54,32 @@ class OptimizerConfig(_Section):
     """How the weights are changed. The rate rises linearly, then falls as a cosine to 1/100 of its peak."""
 
     kind: Literal["momentum", "adamw"] = "adamw"
-    learning_rate: float = Field(0.003, gt=0)
+    learning_rate: float = Field(default=0.003, gt=0)
     """At its peak. With batch norm, kind ``momentum`` likes 0.1 to 0.3."""
-    momentum: float = Field(0.9, ge=0, lt=1)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
     """Nesterov's, for kind ``momentum``."""
-    weight_decay: float = Field(0.02, ge=0)
+    weight_decay: float = Field(default=0.02, ge=0)
     """AdamW's is decoupled from the gradient; kind ``momentum`` likes 1e-4."""
-    warmup: float = Field(0.08, ge=0, lt=1)
+    warmup: float = Field(default=0.08, ge=0, lt=1)
     """The share of all steps in which the rate rises."""
-    clip_norm: float = Field(5.0, gt=0)
+    clip_norm: float = Field(default=5.0, gt=0)
     """Gradients longer than this, all of them taken as one vector, are shortened to it."""
 
 
 class TrainConfig(_Section):
     """How long, and what is done on the way."""
 
-    steps: int = Field(700, ge=1)
-    batch_characters: int = Field(256, ge=8)
+    steps: int = Field(default=700, ge=1)
+    batch_characters: int = Field(default=256, ge=8)
     """A batch of short lines holds more of them, so that each step costs about the same."""
-    alignment: float = Field(0.5, ge=0, le=1)
+    alignment: float = Field(default=0.5, ge=0, le=1)
     """The share of all steps in which rendered lines also teach where each character stands; see ``train``."""
-    log_every: int = Field(10, ge=1)
-    evaluate_every: int = Field(100, ge=1)
-    evaluate_lines: int = Field(240, ge=1)
+    log_every: int = Field(default=10, ge=1)
+    evaluate_every: int = Field(default=100, ge=1)
+    evaluate_lines: int = Field(default=240, ge=1)
     """How many test lines the evaluations on the way look at; the one at the end takes all."""
-    checkpoint_every: int = Field(100, ge=1)
-    monitor_every: int = Field(50, ge=1)
+    checkpoint_every: int = Field(default=100, ge=1)
+    monitor_every: int = Field(default=50, ge=1)
     """How often the norm layers' distributions and statistics are sampled for the report."""
 
 
@@ -88,7 +88,7 @@ class DataConfig(_Section):
 
     words: Path | None = None
     """A word list, ``word frequency`` a line; without it the dictionary of the package jieba."""
-    characters: int = Field(1150, ge=2)
+    characters: int = Field(default=1150, ge=2)
     """The alphabet: this many most frequent characters of the words."""
     extra_characters: str = ""
     """Characters to know beside these, for labelled images that hold them."""
@@ -98,17 +98,17 @@ class DataConfig(_Section):
     """The font of the second test set; without it wqy-microhei."""
     labels: Path | None = None
     """Labelled line images to train on, ``path<TAB>text`` a line, paths from the list's own folder."""
-    labels_share: float = Field(0.5, gt=0, le=1)
+    labels_share: float = Field(default=0.5, gt=0, le=1)
     """The share of all steps that train on ``labels``, where lines are rendered too."""
     test_labels: Path | None = None
     """Labelled line images to test on, in place of rendered lines of held-out words."""
-    min_length: int = Field(2, ge=1)
-    max_length: int = Field(8, ge=1, le=40)
+    min_length: int = Field(default=2, ge=1)
+    max_length: int = Field(default=8, ge=1, le=40)
     sizes: tuple[int, ...] = (21, 23, 25, 27)
     """Of the glyphs, in pixels of a line that is 32 high."""
-    held_out: float = Field(0.1, gt=0, lt=1)
+    held_out: float = Field(default=0.1, gt=0, lt=1)
     """The share of the words that training never shows."""
-    test_lines: int = Field(2000, ge=1)
+    test_lines: int = Field(default=2000, ge=1)
 
     @model_validator(mode="after")
     def _consistent(self) -> DataConfig:
@@ -124,7 +124,7 @@ class DataConfig(_Section):
 class Config(_Section):
     """Everything that decides what the job does; the same configuration gives the same run."""
 
-    seed: int = Field(20240601, ge=0)
+    seed: int = Field(default=20240601, ge=0)
     model: ModelConfig = ModelConfig()
     norm: NormConfig = NormConfig()
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -44,7 +44,7 @@ def load_line(image: str | Path | Image.Image | npt.NDArray[Any]) -> Array:
         )
     if (width, HEIGHT) != grey.size:
         grey = grey.resize((width, HEIGHT), Image.Resampling.BILINEAR)
-    return normalize(np.asarray(grey, np.float32) / 255)[None]
+    return normalize(np.asarray(grey, np.float32) / np.float32(255))[None]
 
 
 def normalize(line: Array) -> Array:

@@ -55,7 +55,7 @@ def render(
         for glyph, row, column in line.glyphs:
             area = canvas[row : row + glyph.shape[0], column : column + glyph.shape[1]]
             np.maximum(area, glyph[: area.shape[0], : area.shape[1]], out=area)
-    coverage = ink[:, _SPARE:-_SPARE, _SPARE:-_SPARE].astype(np.float32) / 255
+    coverage = ink[:, _SPARE:-_SPARE, _SPARE:-_SPARE].astype(np.float32) / np.float32(255)
     coverage = _blur(_slant(coverage, generator), generator)
     return Rendered(
         pixels=_photograph(coverage, widths, generator),
@@ -77,8 +77,8 @@ class _Line(NamedTuple):
 def _place(
     text: str, alphabet: Alphabet, fonts: Sequence[Font], sizes: Sequence[int], generator: np.random.Generator
 ) -> _Line:
-    font = fonts[generator.integers(len(fonts))]
-    atlas = font.atlas(sizes[generator.integers(len(sizes))])
+    font = fonts[int(generator.integers(len(fonts)))]
+    atlas = font.atlas(sizes[int(generator.integers(len(sizes)))])
     left, right = generator.integers(1, 9, 2)
     spacing = generator.uniform(-1.0, 3.0)
     shift = generator.integers(-1, 2)
@@ -100,8 +100,8 @@ def _place(
 def _slant(coverage: Array, generator: np.random.Generator) -> Array:
     """Lean every third line by up to 0.15 columns a row."""
     count, height, width = coverage.shape
-    lean = generator.uniform(-0.15, 0.15, count) * (generator.random(count) < 1 / 3)
-    shift = np.rint(lean[:, None] * (np.arange(height) - (height - 1) / 2)).astype(np.int64)
+    lean = generator.uniform(-0.15, 0.15, (count, 1)) * (generator.random((count, 1)) < 1 / 3)
+    shift = np.rint(lean * (np.arange(height) - (height - 1) / 2)).astype(np.int64)
     columns = np.arange(width) - shift[:, :, None]
     slanted: Array = np.take_along_axis(coverage, columns.clip(0, width - 1), axis=2)
     return slanted
@@ -110,11 +110,11 @@ def _slant(coverage: Array, generator: np.random.Generator) -> Array:
 def _blur(coverage: Array, generator: np.random.Generator) -> Array:
     """Smear every second line, each axis by its own amount: the kernel is (k, 1 - 2k, k)."""
     count = len(coverage)
-    strengths = generator.uniform(0.0, 0.28, (2, count)) * (generator.random(count) < 0.5)
-    for axis, strength in zip((1, 2), strengths.astype(np.float32), strict=True):
+    strengths = generator.uniform(0.0, 0.28, (2, count, 1, 1)).astype(np.float32)
+    strengths *= (generator.random(count) < 0.5)[:, None, None]
+    for axis in (1, 2):
         before, here, after = (_part(coverage, axis, start) for start in (0, 1, 2))
-        k = strength[:, None, None]
-        here += k * (before + after - 2 * here)
+        here += strengths[axis - 1] * (before + after - 2 * here)
     return coverage
 
 
