@@ -27,7 +27,7 @@ ROOMS = {
     "verify": FOUNDATION | {"reference"},
     "host": {"errors"},
     "paddle": FOUNDATION | {"kernels", "surgery", "verify"},
-    "recipes": FOUNDATION | {"paddle", "surgery", "verify", "host"},
+    "recipes": FOUNDATION | {"kernels", "paddle", "surgery", "verify", "host"},
     "cli": {"errors", "host", "paddle", "recipes"},
     "__init__": FOUNDATION,
     "__main__": {"cli"},
