@@ -159,3 +159,16 @@ def test_lists_that_are_none(tmp_path: Path) -> None:
     path.write_text("\n\n", encoding="utf-8")
     with pytest.raises(DataError, match="holds no lines"):
         read_label_list(path, ALPHABET)
+
+
+def test_a_label_longer_than_its_image_is_named(tmp_path: Path) -> None:
+    path = write_images(tmp_path, ["中"])
+    path.write_text("0.png\t中中中中中\n", encoding="utf-8")
+    settings = config.load(None, [SMALL, "data.fonts=[]", f"data.labels={path}", f"data.test_labels={path}"])
+    with pytest.raises(DataError, match=r"0\.png: is too narrow for its 5 characters \(8 frames, 9 needed\)"):
+        DataSource(settings).train_batch(0)
+
+
+def test_an_unseen_font_is_looked_at_before_training(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"absent\.ttf: no such file"):
+        DataSource(config.load(None, [SMALL, f"data.unseen_font={tmp_path / 'absent.ttf'}"]))

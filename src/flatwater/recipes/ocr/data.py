@@ -6,6 +6,7 @@ checkpoint would have to hold, and no order in which batches must be asked for.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,12 +79,16 @@ class DataSource:
         self.alphabet = self.corpus.alphabet
         paths = font_files.training_fonts() if self._data.fonts is None else self._data.fonts
         # Rendered words hold the corpus's characters only; extra ones come with labelled images.
-        self._drawn = Alphabet(self.corpus.training.characters)
+        self._drawn = Alphabet(sorted({*self.corpus.training.characters, *self.corpus.testing.characters}))
         self._fonts = [Font(path, self._drawn.characters) for path in paths]
         self._labelled = [] if self._data.labels is None else read_label_list(self._data.labels, self.alphabet)
         self._test_labelled = (
             None if self._data.test_labels is None else read_label_list(self._data.test_labels, self.alphabet)
         )
+        self._unseen_fonts = []
+        if self._test_labelled is None:
+            path = self._data.unseen_font or font_files.unseen_font()
+            self._unseen_fonts.append(Font(path, self._drawn.characters))
 
     @property
     def has_unseen_font(self) -> bool:
@@ -111,14 +116,11 @@ class DataSource:
             return self._test_labelled
         data = self._data
         texts = self.corpus.test_lines(data.test_lines, data.max_length, self._config.seed)
-        fonts, alphabet = self._fonts, self._drawn
-        if unseen_font:
-            alphabet = Alphabet(self.corpus.testing.characters)
-            fonts = [Font(data.unseen_font or font_files.unseen_font(), alphabet.characters)]
+        fonts = self._unseen_fonts if unseen_font else self._fonts
         generator = np.random.default_rng([self._config.seed, 2, int(unseen_font)])
         samples = []
         for text in texts:
-            line = render([text], alphabet, fonts, data.sizes, generator)
+            line = render([text], self._drawn, fonts, data.sizes, generator)
             pixels = (line.pixels[0] * 255).round().astype(np.uint8)
             samples.append(Sample(text, pixels, line.fonts[0]))
         return samples
@@ -140,6 +142,8 @@ class DataSource:
         lines = [sample.image() for sample in chosen]
         widths = np.array([line.shape[-1] for line in lines], np.int64)
         encoded = [self.alphabet.encode(sample.text) for sample in chosen]
+        for sample, width, classes in zip(chosen, widths, encoded, strict=True):
+            _check_fits(sample, int(width), classes)
         return _batch(pad(lines, WIDTH_MULTIPLE), widths, encoded, None)
 
 
@@ -187,6 +191,17 @@ def _batch(
     for row, line in zip(labels, encoded, strict=True):
         row[: len(line)] = line
     return Batch(images, -(-widths // STRIDE), labels, lengths, alignment)
+
+
+def _check_fits(sample: Sample, width: int, classes: Sequence[int]) -> None:
+    """CTC needs a frame for each character, and one more between two that are the same."""
+    needed = len(classes) + sum(left == right for left, right in itertools.pairwise(classes))
+    frames = -(-width // STRIDE)
+    if frames < needed:
+        raise DataError(
+            f"{sample.picture}: is too narrow for its {len(classes)} characters ({frames} frames, {needed} needed); "
+            "correct its label, or leave it out"
+        )
 
 
 def _align(lines: Rendered, encoded: Sequence[list[int]]) -> npt.NDArray[np.int64]:
