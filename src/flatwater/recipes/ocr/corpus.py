@@ -78,7 +78,7 @@ class Corpus:
         generator = np.random.default_rng([seed, 1])
         lines: dict[str, None] = {}
         queue: list[str] = []
-        for _ in range(count * _ATTEMPTS):
+        for _ in range(20 * count):  # a line is used once, so a small list of words may not have enough
             if len(lines) == count:
                 return list(lines)
             if not queue:

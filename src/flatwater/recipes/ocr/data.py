@@ -72,10 +72,10 @@ class DataSource:
         DataError: a font, word list or label list cannot be used; all are looked at here, before training.
     """
 
-    def __init__(self, config: Config, corpus: corpora.Corpus | None = None) -> None:
+    def __init__(self, config: Config) -> None:
         self._config = config
         self._data = config.data
-        self.corpus = corpora.load(config.data) if corpus is None else corpus
+        self.corpus = corpora.load(config.data)
         self.alphabet = self.corpus.alphabet
         paths = font_files.training_fonts() if self._data.fonts is None else self._data.fonts
         # Rendered words hold the corpus's characters only; extra ones come with labelled images.

@@ -61,7 +61,7 @@ class Progress:
 
     def show(self, point: TrainPoint) -> None:
         """The latest of the training numbers."""
-        rates = f"lr {point.lr:.4f}  {point.lines_per_second:.0f} lines/s"
+        rates = f"lr {point.lr:.1e}  {point.lines_per_second:.0f} lines/s"
         self._numbers = f"loss {point.loss:.3f}  {rates}"
         now = time.monotonic()
         if not self._console.is_terminal and now - self._last_line >= _SECONDS_BETWEEN_LINES:

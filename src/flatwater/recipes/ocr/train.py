@@ -117,6 +117,7 @@ class _Training:
         self.frame_weight = paddle.ones([data.alphabet.classes])
         self.frame_weight[BLANK] = _BLANK_WEIGHT
         self.step = 0
+        self.saved_step = 0
         self.history = History()
         self.losses: list[float] = []  # since the last point of the history
         if resume:
@@ -142,9 +143,11 @@ class _Training:
                     began = time.perf_counter()
                     progress.show_accuracy(self._evaluate())
                     clock += time.perf_counter() - began
-                if self.step % settings.checkpoint_every == 0 or last or interrupted.is_set():
+                if self.step % settings.checkpoint_every == 0:
                     self._save()
                 progress.advance()
+            if self.step != self.saved_step:
+                self._save()
         return TrainResult(self.model, self.history, self.step == settings.steps)
 
     def _take_step(self, batch: Batch) -> float:
@@ -208,6 +211,7 @@ class _Training:
             "alphabet": self.data.alphabet.characters,
         }
         checkpoints.save(self.checkpoint_path, checkpoints.snapshot(self.model, self.optimizer, progress))
+        self.saved_step = self.step
 
     def _restore(self) -> None:
         checkpoint = checkpoints.load(self.checkpoint_path)
@@ -219,7 +223,7 @@ class _Training:
                 "restore it, or train anew without --resume"
             )
         checkpoints.restore(checkpoint, self.model, self.optimizer)
-        self.step = progress["step"]
+        self.step = self.saved_step = progress["step"]
         self.losses = progress["losses"]
         self.history = History.model_validate(progress["history"])
 
