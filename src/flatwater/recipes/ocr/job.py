@@ -69,9 +69,9 @@ def run(path: Path | None, overrides: Sequence[str], folder: Path, *, resume: bo
         path = folder / "config.yaml"
     config = configs.load(path, overrides)
     data = DataSource(config)
-    if not resume:
+    if not resume:  # a run that is gone on with keeps its configuration: training refuses another
         _clear(folder)
-    write_whole(folder / "config.yaml", config.to_yaml())
+        write_whole(folder / "config.yaml", config.to_yaml())
     console.print(
         f"[bold]{len(data.alphabet)} characters[/], {config.train.steps} steps, "
         f"norm {config.norm.kind}, seed {config.seed} → {folder}",
