@@ -151,6 +151,15 @@ def test_progress_without_a_terminal_is_plain_lines(tmp_path: Path, data: DataSo
     assert "\x1b" not in stream.getvalue()
 
 
+def test_progress_on_a_terminal_is_live(tmp_path: Path, data: DataSource) -> None:
+    stream = io.StringIO()
+    train.train(small(), tmp_path, data, console=Console(file=stream, width=120, force_terminal=True))
+    last = stream.getvalue().split("\r")[-1]
+    assert "6/6" in last
+    assert "loss" in last
+    assert "accuracy" in last
+
+
 def test_the_rate_rises_and_falls() -> None:
     settings = config.OptimizerConfig(learning_rate=0.2, warmup=0.1)
     rates = [train.learning_rate(settings, step, 100) for step in range(100)]

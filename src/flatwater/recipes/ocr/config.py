@@ -55,11 +55,11 @@ class OptimizerConfig(_Section):
 
     kind: Literal["momentum", "adamw"] = "adamw"
     learning_rate: float = Field(default=0.003, gt=0)
-    """At its peak. With batch norm, kind ``momentum`` likes 0.1 to 0.3."""
+    """At its peak. Kind ``momentum`` wants far more, about 0.2 with batch norm."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
     """Nesterov's, for kind ``momentum``."""
     weight_decay: float = Field(default=0.02, ge=0)
-    """AdamW's is decoupled from the gradient; kind ``momentum`` likes 1e-4."""
+    """AdamW's is decoupled from the gradient; kind ``momentum`` wants far less, about 1e-4."""
     warmup: float = Field(default=0.08, ge=0, lt=1)
     """The share of all steps in which the rate rises."""
     clip_norm: float = Field(default=5.0, gt=0)
