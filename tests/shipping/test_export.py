@@ -73,6 +73,29 @@ def test_every_kind_of_layer_exports(kind: str, tmp_path: Path) -> None:
         assert type(model[1]) is nn.SyncBatchNorm
 
 
+class Residual(nn.Layer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = fw.ConvBNLayer(3, 4, act="swish"), fw.ConvBNLayer(4, 4, act="relu6")
+
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        y = self.first(x)
+        return self.second(y, y)
+
+
+@pytest.mark.parametrize("size", [16, None], ids=["fixed", "dynamic"])
+def test_fused_residuals_and_activations_export(size: int | None, tmp_path: Path) -> None:
+    report = export(randomize(Residual()), tmp_path / "model", [InputSpec([None, 3, size, size], "float32")])
+    assert [pair.norm for pair in report.fold.folded] == ["first.bn", "second.bn"]
+    assert report.onnx_batch_norms == 0
+
+
+def test_float64_exports_without_onednn_which_has_none(tmp_path: Path) -> None:
+    model = randomize(nn.Sequential(nn.Conv2D(3, 4, 1), nn.BatchNorm2D(4)).to(dtype="float64"))
+    report = export(model, tmp_path / "model", [InputSpec([None, 3, 8, 8], "float64")], ("paddle",))
+    assert all(row.max_rel < 1e-12 for row in report.verification.rows)
+
+
 def test_without_folding_the_norms_stay_in_the_graph(tmp_path: Path) -> None:
     report = export(toy(), tmp_path / "model", IMAGE, fold=False)
     assert report.fold is None

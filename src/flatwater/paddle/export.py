@@ -17,7 +17,7 @@ from flatwater.paddle.examples import batch_sizes_of, check_input_spec, make_exa
 from flatwater.paddle.fold import fold as fold_norms
 from flatwater.paddle.forms import ModelFiles, forms_of, live_form
 from flatwater.paddle.localize import first_divergence, probing
-from flatwater.paddle.running import Inputs, as_inputs, evaluating, layers_of
+from flatwater.paddle.running import Inputs, as_inputs, evaluating, layers_of, parameter_dtype
 from flatwater.paddle.verify import verify
 from flatwater.surgery import FoldReport
 from flatwater.verify import VerifyReport, VerifyRow, one_line, resize_batch
@@ -228,7 +228,7 @@ class _Job:
                 with probing(self.model, paths - merged) as names:
                     self.write(files)
                 captured = list(names)
-            form = next(form for form in forms_of(files) if form.name == row.form)
+            form = next(form for form in forms_of(files, parameter_dtype(self.model)) if form.name == row.form)
             batch = resize_batch(self.examples.arrays(), row.batch)
             actual = form.load()(batch)
             with evaluating(self.model), probing(self.model, paths - merged) as names:

@@ -51,11 +51,7 @@ class FoldedNorm(paddle.nn.Layer):
         Raises:
             InputError: the shapes differ.
         """
-        if residual is not None and list(residual.shape) != list(x.shape):
-            raise InputError(
-                f"FoldedNorm got a residual of shape {list(residual.shape)} for an input of shape {list(x.shape)}; "
-                "they are added, so the shapes must be equal"
-            )
+        _check_shapes(x, residual)
         z = x if residual is None else x + residual
         other = _OTHER_ACTIVATIONS.get(self._act or "")
         return activate(z, canonical_activation(self._act)) if other is None else other(z)
@@ -63,3 +59,16 @@ class FoldedNorm(paddle.nn.Layer):
     def extra_repr(self) -> str:
         """The activation, if there is one."""
         return f"act={self._act}" if self._act else ""
+
+
+@paddle.jit.not_to_static
+def _check_shapes(x: paddle.Tensor, residual: paddle.Tensor | None) -> None:
+    """In code that to_static rewrites, sizes are tensors; here they are numbers, -1 where not known yet."""
+    if residual is None:
+        return
+    sizes = list(zip(x.shape, residual.shape, strict=False))
+    if len(x.shape) != len(residual.shape) or any(one != two and -1 not in (one, two) for one, two in sizes):
+        raise InputError(
+            f"FoldedNorm got a residual of shape {list(residual.shape)} for an input of shape {list(x.shape)}; "
+            "they are added, so the shapes must be equal"
+        )

@@ -71,8 +71,8 @@ def live_form(model: paddle.nn.Layer, inputs: Inputs) -> Run:
     return call
 
 
-def forms_of(files: ModelFiles) -> list[Form]:
-    """Every form in which the files can be run here."""
+def forms_of(files: ModelFiles, dtype: str) -> list[Form]:
+    """Every form in which files with parameters of ``dtype`` can be run here; oneDNN has no float64."""
     forms = []
     if files.has_paddle:
         forms += [
@@ -80,7 +80,8 @@ def forms_of(files: ModelFiles) -> list[Form]:
             Form("Paddle Inference, IR off", lambda: _run_inference(files, ir=False, onednn=False)),
             Form("Paddle Inference, IR on", lambda: _run_inference(files, ir=True, onednn=False)),
         ]
-        if paddle.device.get_device().startswith("cpu") and paddle.base.core.is_compiled_with_onednn():
+        on_cpu = paddle.device.get_device().startswith("cpu")
+        if on_cpu and dtype != "float64" and paddle.base.core.is_compiled_with_onednn():
             forms.append(Form("Paddle Inference, oneDNN", lambda: _run_inference(files, ir=True, onednn=True)))
     if files.onnx.is_file():
         forms.append(onnx_form(files.onnx))

@@ -62,7 +62,7 @@ def verify(
             raise SurgeryError(f"{type(model).__name__} does not run on the inputs: {one_line(error)}") from error
         report = compare_forms(
             live_form(model, examples),
-            forms_of(files),
+            forms_of(files, parameter_dtype(model)),
             examples.arrays(),
             batch_sizes=batch_sizes,
             tolerance=default_tolerance(parameter_dtype(model)) if tolerance is None else tolerance,
