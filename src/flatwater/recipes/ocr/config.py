@@ -72,7 +72,7 @@ class TrainConfig(_Section):
     steps: int = Field(default=700, ge=1)
     batch_characters: int = Field(default=256, ge=8)
     """A batch of short lines holds more of them, so that each step costs about the same."""
-    alignment: float = Field(default=0.5, ge=0, le=1)
+    alignment: float = Field(default=0.8, ge=0, le=1)
     """The share of all steps in which rendered lines also teach where each character stands; see ``train``."""
     log_every: int = Field(default=10, ge=1)
     evaluate_every: int = Field(default=100, ge=1)
