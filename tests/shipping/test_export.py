@@ -83,11 +83,13 @@ class Residual(nn.Layer):
         return self.second(y, y)
 
 
+@pytest.mark.parametrize("fold", [True, False], ids=["folded", "as it is"])
 @pytest.mark.parametrize("size", [16, None], ids=["fixed", "dynamic"])
-def test_fused_residuals_and_activations_export(size: int | None, tmp_path: Path) -> None:
-    report = export(randomize(Residual()), tmp_path / "model", [InputSpec([None, 3, size, size], "float32")])
-    assert [pair.norm for pair in report.fold.folded] == ["first.bn", "second.bn"]
-    assert report.onnx_batch_norms == 0
+def test_fused_residuals_and_activations_export(size: int | None, fold: bool, tmp_path: Path) -> None:
+    specs = [InputSpec([None, 3, size, size], "float32")]
+    report = export(randomize(Residual()), tmp_path / "model", specs, fold=fold)
+    assert report.verification.passed
+    assert report.onnx_batch_norms == (0 if fold else 2)
 
 
 def test_float64_exports_without_onednn_which_has_none(tmp_path: Path) -> None:

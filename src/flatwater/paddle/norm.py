@@ -59,7 +59,9 @@ class NormLayer(paddle.nn.Layer):
     def _label(self) -> str:
         return f"{type(self).__name__} {self.full_name()!r}"
 
+    @paddle.jit.not_to_static
     def _check(self, x: paddle.Tensor, residual: paddle.Tensor | None) -> None:
+        # In code that to_static rewrites sizes would be tensors; here they are numbers, -1 where not known yet.
         dtype = str(x.dtype).removeprefix("paddle.").rpartition(".")[2].lower()
         rank = len(x.shape)
         if rank not in self._ranks:
@@ -73,7 +75,10 @@ class NormLayer(paddle.nn.Layer):
                 f"{self._label()} has {self._channels()} channels but its input of shape {list(x.shape)} "
                 f"has {channels} ({self._format()}); give the layer the channel count of what it reads"
             )
-        if residual is not None and list(residual.shape) != list(x.shape):
+        if residual is not None and (
+            len(residual.shape) != rank
+            or any(one != two and -1 not in (one, two) for one, two in zip(residual.shape, x.shape, strict=True))
+        ):
             raise InputError(
                 f"{self._label()} got a residual of shape {list(residual.shape)} for an input of shape "
                 f"{list(x.shape)}; they are added, so the shapes must be equal"
