@@ -257,7 +257,7 @@ def table_of(rows: list[Row], others: float) -> Table:
     if others > QUIET:
         caption += "\n[bold]a team of threads waits for its slowest: measure again when the machine is quiet[/]"
     table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD)
-    table.add_column("case", no_wrap=True)
+    table.add_column("case", no_wrap=True, min_width=18)
     for heading in ("floor", "kernel", "kernel\n/ floor", "stock\nPaddle", "layer", "stock\n/ layer"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:

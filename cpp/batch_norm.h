@@ -153,8 +153,8 @@ struct Batch {
             for (index chunk = 0; chunk < layout.chunks; ++chunk) {
                 const index rest = layout.rows - chunk * layout.chunk_rows;
                 const index rows = rest < layout.chunk_rows ? rest : layout.chunk_rows;
-                for (index i = chunk * columns + c * layout.inner, end = i + layout.inner; i < end; ++i)
-                    all.add({rows, mean[i], m2[i]});
+                const index first = chunk * columns + c * layout.inner;
+                all.add(Moments::of_equal_sets(&mean[first], &m2[first], layout.inner, rows));
             }
             set_moments(p, c, all);
         });

@@ -71,12 +71,20 @@ void column_moments(const S *x, index rows, index stride, index columns, double 
             __builtin_memcpy(pivots, pivot, sizeof pivots);
             __builtin_memcpy(firsts, first, sizeof firsts);
             __builtin_memcpy(seconds, second, sizeof seconds);
+            const double share = 1 / double(size);
             for (int i = 0; i < k * width; ++i) {
-                const double rest = firsts[i], squares = seconds[i] - rest * rest / double(size);
-                const bool finite = Moments::finite(pivots[i]);
-                const double block_mean = finite ? double(pivots[i]) + rest / double(size) : double(pivots[i]);
+                const double squares = seconds[i] - firsts[i] * firsts[i] * share, pivot_mean = double(pivots[i]);
+                firsts[i] = Moments::finite(pivot_mean) ? pivot_mean + firsts[i] * share : pivot_mean;
+                seconds[i] = squares < 0 ? 0 : squares;
+            }
+            if (start == 0) {  // mostly the only block: nothing to combine it with
+                __builtin_memcpy(mean + j, firsts, sizeof firsts);
+                __builtin_memcpy(m2 + j, seconds, sizeof seconds);
+                continue;
+            }
+            for (int i = 0; i < k * width; ++i) {
                 Moments all{start, mean[j + i], m2[j + i]};
-                all.add({size, block_mean, squares < 0 ? 0 : squares});
+                all.add({size, firsts[i], seconds[i]});
                 mean[j + i] = all.mean;
                 m2[j + i] = all.m2;
             }
