@@ -17,7 +17,7 @@ from paddle import nn
 from paddle.static import InputSpec
 
 import flatwater.paddle as fw
-from flatwater.errors import ExportError, FlatwaterError, InputError, VerificationError
+from flatwater.errors import BackendError, ExportError, FlatwaterError, InputError, VerificationError
 from flatwater.paddle.export import export
 
 IMAGE = [InputSpec([None, 3, 64, 64], "float32", "image")]
@@ -145,6 +145,16 @@ def test_a_failed_conversion_writes_nothing(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(paddle2onnx, "export", fail)
     with pytest.raises(ExportError, match="paddle2onnx cannot convert Sequential"):
+        export(toy(), tmp_path / "model", IMAGE)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("package", ["paddle2onnx", "onnx", "onnxruntime"])
+def test_a_missing_package_is_named_and_nothing_is_written(
+    package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(BackendError, match=f"{package} is not installed; pip install"):
         export(toy(), tmp_path / "model", IMAGE)
     assert not list(tmp_path.iterdir())
 

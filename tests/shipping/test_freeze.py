@@ -9,7 +9,7 @@ from networks import evaluate, example, randomize
 from paddle import nn
 
 import flatwater.paddle as fw
-from flatwater.errors import SurgeryError
+from flatwater.errors import StatisticsError, SurgeryError
 from flatwater.paddle.freeze import freeze, thaw
 
 KINDS = {
@@ -80,6 +80,17 @@ def test_layers_that_cannot_be_frozen_are_left_with_a_reason() -> None:
     assert "no running statistics" in report.left["2"]
     assert str(report).startswith("1 norm layers changed, 2 left")
     assert freeze(model, statistics=False).changed == ["1"]
+
+
+@pytest.mark.parametrize(("name", "value"), [("_mean", np.nan), ("_variance", np.inf), ("_variance", -1.0)])
+def test_bad_statistics_are_not_frozen(name: str, value: float) -> None:
+    model = network()
+    getattr(model[3], name)[2] = value
+    with pytest.raises(StatisticsError, match=r"norm layer '3' .* channel 2"):
+        freeze(model)
+    assert not any(model[index]._use_global_stats or model[index].weight.stop_gradient for index in (1, 3))
+    assert freeze(model, pattern="1").changed == ["1"]
+    assert freeze(model, statistics=False).changed == ["3"]
 
 
 @pytest.mark.parametrize(

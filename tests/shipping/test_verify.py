@@ -72,9 +72,12 @@ def test_each_output_is_measured_on_its_own_scale() -> None:
 
 def test_batches_are_cut_and_repeated() -> None:
     image, constant = np.arange(6).reshape(3, 2), np.array([9.0])
-    grown, kept = resize_batch([image, constant], 5)
+    floats = np.ones((3, 2), "float32")
+    grown, kept, varied = resize_batch([image, constant, floats], 5)
     assert grown[:, 0].tolist() == [0, 2, 4, 0, 2]
     assert kept is constant
+    assert varied.dtype == np.float32
+    np.testing.assert_array_equal(varied[:, 0], np.array([1, 1, 1, 0.8, 0.8], "float32"))
     assert resize_batch([image], 1)[0].tolist() == [[0, 1]]
 
 
@@ -153,6 +156,12 @@ def test_bad_arguments(exported: tuple[nn.Layer, Path]) -> None:
         verify(model, path, np.zeros((0, 3, 8, 8), "float32"))
     with pytest.raises(SurgeryError, match="does not run on the inputs"):
         verify(model, path, example(2, 4, 8, 8))
+
+
+def test_a_form_that_mixes_up_repeated_samples_is_found_out() -> None:
+    form = Form("shifted", lambda: lambda inputs: [np.roll(inputs[0], 2, axis=0)])
+    report = compare_forms(lambda inputs: inputs, [form], [np.ones((2, 3))], batch_sizes=(17,), tolerance=1e-4)
+    assert not report.passed
 
 
 def test_several_inputs_and_outputs(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
@@ -99,6 +100,8 @@ def export(
     for target in targets:
         if target.is_dir():
             raise ExportError(f"{target}: is a folder; choose another prefix")
+    if "onnx" in formats:
+        _require_onnx()
     examples = make_examples(model, specs) if example_inputs is None else as_inputs(example_inputs)
     if len(examples.arrays()) != len(specs):
         raise InputError(
@@ -239,13 +242,16 @@ class _Job:
         return self.examples.kwargs or list(self.examples.args)
 
 
+def _require_onnx() -> None:
+    """Ask for every package before the work is done, not after it."""
+    for package in ("paddle2onnx", "onnx", "onnxruntime"):
+        if importlib.util.find_spec(package) is None:
+            raise BackendError(f"{package} is not installed; pip install 'flatwater[onnx]', or formats=('paddle',)")
+
+
 def _convert_to_onnx(files: ModelFiles, name: str) -> None:
-    try:
-        import paddle2onnx
-    except ImportError as error:
-        raise BackendError(
-            "paddle2onnx is not installed; pip install 'flatwater[onnx]', or formats=('paddle',)"
-        ) from error
+    import paddle2onnx
+
     try:
         # With a file to save to, paddle2onnx runs Polygraphy, which pip-installs packages; so take the bytes.
         content = paddle2onnx.export(

@@ -9,7 +9,8 @@ import paddle
 
 from flatwater.errors import SurgeryError
 from flatwater.paddle.running import layers_of
-from flatwater.surgery import FreezeReport
+from flatwater.paddle.view import norm_values
+from flatwater.surgery import FreezeReport, check_statistics
 
 __all__ = ["freeze", "thaw"]
 
@@ -35,11 +36,15 @@ def freeze(
 
     Raises:
         SurgeryError: nothing was asked for, or no batch norm layer matches; nothing was changed.
+        StatisticsError: the running statistics to freeze are NaN, infinite or negative; nothing was changed.
     """
     if not (affine or statistics):
         raise SurgeryError("freeze(affine=False, statistics=False) asks for nothing; set one of them to True")
     report = FreezeReport()
-    for path, layer in _matching(model, pattern, report):
+    matching = _matching(model, pattern, report)
+    for path, layer in matching if statistics else ():
+        check_statistics(path, norm_values(layer))
+    for path, layer in matching:
         if statistics and isinstance(layer, paddle.nn.SyncBatchNorm):
             report.left[path] = (
                 "Paddle's SyncBatchNorm ignores use_global_stats: in train() it always normalizes by the batch; "

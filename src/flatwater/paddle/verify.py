@@ -38,7 +38,8 @@ def verify(
 
     Args:
         path: prefix of ``path.json``, ``path.pdiparams`` and ``path.onnx``.
-        inputs: as for :func:`~flatwater.paddle.fold`; repeated or cut along the first axis to each batch size.
+        inputs: as for :func:`~flatwater.paddle.fold`; cut along the first axis to each batch size, or repeated with
+            floats scaled, see :func:`flatwater.verify.resize_batch`.
         batch_sizes: where the program was exported with a fixed batch size, only that one is run.
         tolerance: default :data:`flatwater.verify.TOLERANCES` for the dtype of the parameters (float32: 1e-4).
         show: print the table.

@@ -17,7 +17,7 @@ from flatwater.paddle.running import Inputs, SyncBatchNormOnCPU, layers_of, run,
 from flatwater.surgery import Call, FoldedPair, LinearValues, Movement, NormValues, Trace, WeightLayout
 from flatwater.verify import difference, one_line
 
-__all__ = ["Observation", "PaddleView"]
+__all__ = ["Observation", "PaddleView", "norm_values"]
 
 _Array: TypeAlias = npt.NDArray[np.float64]
 
@@ -134,10 +134,7 @@ class PaddleView:
         return LinearValues(_float64(layer.weight), bias, layout, getattr(layer, "_groups", 1))
 
     def norm_values(self, path: str) -> NormValues:
-        layer = self.norms[path]
-        weight, bias = (None if one is None else _float64(one) for one in (layer.weight, layer.bias))
-        epsilon = float(np.float32(layer._epsilon))  # as Paddle's operators hold it, in float64 too
-        return NormValues(_float64(layer._mean), _float64(layer._variance), weight, bias, epsilon)
+        return norm_values(self.norms[path])
 
     def observe(self) -> Observation:
         norms: dict[str, npt.NDArray[Any]] = {}
@@ -223,6 +220,13 @@ class PaddleView:
             restore_conv()
 
         return restore
+
+
+def norm_values(layer: Any) -> NormValues:
+    """γ, β, running statistics and ε of a batch norm layer, as float64 copies."""
+    weight, bias = (None if one is None else _float64(one) for one in (layer.weight, layer.bias))
+    epsilon = float(np.float32(layer._epsilon))  # as Paddle's operators hold it, in float64 too
+    return NormValues(_float64(layer._mean), _float64(layer._variance), weight, bias, epsilon)
 
 
 def _norm_obstacle(layer: Any) -> str | None:

@@ -80,6 +80,8 @@ def _compare(name: str, size: int, run: Run, batch: Arrays, expected: Arrays, to
 def resize_batch(inputs: Arrays, size: int) -> Arrays:
     """The inputs with ``size`` samples: the first ones, again from the start where there are too few.
 
+    Floats are scaled down a little more in every repetition, so that no two samples are equal and a form that
+    takes one for another is found out. Integers and booleans, often indices and masks, are repeated as they are.
     Tensors whose first axis is not as long as the first tensor's have no batch axis, and stay.
 
     Raises:
@@ -90,8 +92,18 @@ def resize_batch(inputs: Arrays, size: int) -> Arrays:
     if not inputs or inputs[0].ndim == 0 or len(inputs[0]) == 0:
         raise InputError("the inputs hold no sample; give at least one, along the first axis")
     count = len(inputs[0])
-    index = np.arange(size) % count
-    return [array[index] if array.ndim and len(array) == count else array for array in inputs]
+    repetition, index = np.divmod(np.arange(size), count)
+    factor = 1 - repetition / size
+
+    def resize(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        if not array.ndim or len(array) != count:
+            return array
+        taken: npt.NDArray[Any] = array[index]
+        if not np.issubdtype(array.dtype, np.floating):
+            return taken
+        return np.asarray(taken * factor.reshape(-1, *(1,) * (array.ndim - 1)), dtype=array.dtype)
+
+    return [resize(array) for array in inputs]
 
 
 def onnx_form(file: Path) -> Form:
