@@ -210,6 +210,26 @@ def test_places_that_cannot_be_written(tmp_path: Path) -> None:
         export(toy(), tmp_path / "file" / "model", IMAGE)
 
 
+@pytest.mark.parametrize("former", [b"what stood there", None], ids=["over a model", "new"])
+def test_where_one_file_cannot_be_moved_none_is(
+    former: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "model.json"
+    if former is not None:
+        program.write_bytes(former)
+    move = Path.replace
+
+    def refuse_parameters(source: Path, target: Path) -> Path:
+        if Path(target).name == "model.pdiparams":
+            raise PermissionError(1, "Operation not permitted")
+        return move(source, target)
+
+    monkeypatch.setattr(Path, "replace", refuse_parameters)
+    with pytest.raises(ExportError, match=r"cannot be written \(Operation not permitted\)"):
+        export(toy(), tmp_path / "model", IMAGE)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == ({program.name: former} if former else {})
+
+
 def test_nothing_is_installed_behind_the_users_back(tmp_path: Path) -> None:
     """paddle2onnx runs Polygraphy, which runs pip, unless it is called as export calls it."""
     code = (

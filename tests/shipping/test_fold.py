@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import paddle
+import paddle.nn.functional as F
 import pytest
 from networks import CONV_KINDS, UNFOLDABLE, Wired, evaluate, example, randomize, state_of
 from paddle import nn
@@ -146,6 +148,33 @@ def test_a_norm_that_runs_through_a_plain_list_is_taken_back() -> None:
     assert "taken back" in report.left["norm"]
     assert model.norm is norm
     assert relative(evaluate(model, x), expected) < NEAR
+
+
+@pytest.mark.parametrize(
+    ("use", "reason"),
+    [
+        (lambda net, x: F.conv2d(x, net.conv.weight, padding=1), "moved what 'norm2' writes by"),
+        (
+            lambda net, x: F.batch_norm(x, net.norm._mean, net.norm._variance, net.norm.weight, net.norm.bias),
+            "made the model fail (AttributeError: 'FoldedNorm' object has no attribute '_mean')",
+        ),
+    ],
+    ids=["the convolution's weight", "the norm's statistics"],
+)
+def test_a_pair_whose_tensors_the_model_uses_by_itself_is_taken_back(
+    use: Callable[[Any, paddle.Tensor], paddle.Tensor], reason: str
+) -> None:
+    x = example(2, 4, 7, 8)
+    model = randomize(Wired(lambda net, x: net.norm2(net.conv2(net.norm(net.conv(x)) + use(net, x)))))
+    before, expected = state_of(model), evaluate(model, x)
+    report = fold(model, x)
+    assert [pair.norm for pair in report.folded] == ["norm2"]
+    assert reason in report.left["norm"]
+    assert relative(evaluate(model, x), expected) < NEAR
+    report.undo()
+    after = state_of(model)
+    assert list(after) == list(before)
+    assert all(np.array_equal(after[key], before[key]) for key in before)
 
 
 def test_a_wrong_fold_never_stays(monkeypatch: pytest.MonkeyPatch) -> None:

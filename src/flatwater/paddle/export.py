@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
+import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 import paddle
 
-from flatwater.errors import BackendError, CheckpointError, ExportError, InputError, VerificationError
+from flatwater.errors import CheckpointError, ExportError, InputError, VerificationError
+from flatwater.paddle.conversion import convert_to_onnx, count_batch_norms, require_onnx
 from flatwater.paddle.examples import batch_sizes_of, check_input_spec, make_examples
 from flatwater.paddle.fold import fold as fold_norms
 from flatwater.paddle.forms import ModelFiles, forms_of, live_form
@@ -27,8 +28,6 @@ __all__ = ["ExportReport", "Format", "export"]
 
 Format = Literal["paddle", "onnx"]
 _FORMATS = ("paddle", "onnx")
-# The oldest operator set that has everything that image networks need; old runtimes read it too.
-_OPSET = 13
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,7 @@ def export(
         if target.is_dir():
             raise ExportError(f"{target}: is a folder; choose another prefix")
     if "onnx" in formats:
-        _require_onnx()
+        require_onnx()
     examples = make_examples(model, specs) if example_inputs is None else as_inputs(example_inputs)
     if len(examples.arrays()) != len(specs):
         raise InputError(
@@ -113,11 +112,10 @@ def export(
         with job.folded() as fold_report:
             job.write(staged)
         report = job.verify(staged, show)
-        batch_norms = _count_batch_norms(staged.onnx) if "onnx" in formats else None
+        batch_norms = count_batch_norms(staged.onnx) if "onnx" in formats else None
         try:
             files.prefix.parent.mkdir(parents=True, exist_ok=True)
-            for target in targets:
-                (folder / target.name).replace(target)
+            _move_all(folder, targets)
         except OSError as error:
             raise ExportError(
                 f"{files.prefix}: cannot be written ({error.strerror}); free the place or choose another"
@@ -169,7 +167,7 @@ class _Job:
                     f"{name} cannot be captured as a program: {one_line(error)}; see paddle.jit.to_static"
                 ) from error
         if self.onnx:
-            _convert_to_onnx(files, name)
+            convert_to_onnx(files.program, files.parameters, files.onnx, name)
 
     def verify(self, files: ModelFiles, show: bool) -> VerifyReport:
         """Compare what was written with the model.
@@ -242,36 +240,25 @@ class _Job:
         return self.examples.kwargs or list(self.examples.args)
 
 
-def _require_onnx() -> None:
-    """Ask for every package before the work is done, not after it."""
-    for package in ("paddle2onnx", "onnx", "onnxruntime"):
-        if importlib.util.find_spec(package) is None:
-            raise BackendError(f"{package} is not installed; pip install 'flatwater[onnx]', or formats=('paddle',)")
-
-
-def _convert_to_onnx(files: ModelFiles, name: str) -> None:
-    import paddle2onnx
-
+def _move_all(folder: Path, targets: Sequence[Path]) -> None:
+    """Move the files of these names out of ``folder``. Where one cannot be, what stood at the others comes back."""
+    former = folder / "former"
+    former.mkdir()
+    for target in targets:
+        if target.exists():
+            shutil.copy2(target, former)
+    moved: list[Path] = []
     try:
-        # With a file to save to, paddle2onnx runs Polygraphy, which pip-installs packages; so take the bytes.
-        content = paddle2onnx.export(
-            str(files.program), str(files.parameters), None, opset_version=_OPSET, enable_optimize=False
-        )
-    except Exception as error:  # paddle2onnx logs its error and then trips over the result that is missing
-        raise ExportError(
-            f"paddle2onnx cannot convert {name} ({one_line(error)}; its log says more); use formats=('paddle',)"
-        ) from error
-    try:
-        files.onnx.write_bytes(content)
-    except OSError as error:
-        raise ExportError(f"{files.onnx}: cannot be written ({error.strerror}); free some space") from error
-
-
-def _count_batch_norms(file: Path) -> int:
-    import onnx
-
-    graph = onnx.load(str(file), load_external_data=False).graph
-    return sum(node.op_type == "BatchNormalization" for node in graph.node)
+        for target in targets:
+            (folder / target.name).replace(target)
+            moved.append(target)
+    except OSError:
+        for target in moved:
+            if (former / target.name).exists():
+                (former / target.name).replace(target)
+            else:
+                target.unlink()
+        raise
 
 
 @contextlib.contextmanager

@@ -21,7 +21,8 @@ def fold_model(view: ModelView, tolerance: float) -> FoldReport:
     1. *Pair*: a norm that runs once and reads the very tensor that one linear layer wrote (:func:`pair_up`).
     2. *Alone*: the example inputs run again with rubbish in place of that tensor, which only the norm does not
        see. If anything observed changes, somebody else reads the tensor too (``relu(y)``, ``y + x``, an output).
-    3. *Fold*, and run the example inputs: whatever moved by more than ``tolerance`` is taken back.
+    3. *Fold*, and run the example inputs: whatever moved by more than ``tolerance``, or keeps the model
+       from running, is taken back.
 
     Raises:
         StatisticsError: running statistics that are NaN, infinite or negative; nothing was changed.
@@ -121,25 +122,36 @@ class _Folding:
         return [pair for pair, _ in self.done]
 
     def settle(self, pairs: Sequence[FoldedPair]) -> None:
-        """Fold ``pairs``; where the model moved too far, take them back and try each half by itself."""
+        """Fold ``pairs``; where the model moved too far or fails, take them back and try each half by itself."""
         if not pairs:
             return
         start = len(self.done)
         for pair in pairs:
             self.fold(pair)
-        moved = self.view.movement(self.before, self.view.observe())
-        if moved.max_rel <= self.tolerance:
+        damage = self.damage()
+        if damage is None:
             return
         self.undo_to(start)
         if len(pairs) == 1:
-            self.left[pairs[0].norm] = (
-                f"folding it into {pairs[0].conv!r} moved {moved.where} by {moved.max_rel:.2g} of its scale, "
-                f"more than the tolerance {self.tolerance:.2g}; it was taken back"
-            )
+            self.left[pairs[0].norm] = f"folding it into {pairs[0].conv!r} {damage}; it was taken back"
             return
         half = len(pairs) // 2
         self.settle(pairs[:half])
         self.settle(pairs[half:])
+
+    def damage(self) -> str | None:
+        """What the folds that stand have done to the model, None if it computes what it did before."""
+        try:
+            observed = self.view.observe()
+        except MemoryError:
+            raise
+        except Exception as error:  # whatever the model's own code raises that misses its norm layer
+            reason = next(iter(str(error).strip().splitlines()), "")
+            return f"made the model fail ({type(error).__name__}: {reason})"
+        moved = self.view.movement(self.before, observed)
+        if moved.max_rel <= self.tolerance:
+            return None
+        return f"moved {moved.where} by {moved.max_rel:.2g} of its scale, more than the tolerance {self.tolerance:.2g}"
 
     def fold(self, pair: FoldedPair) -> None:
         weight, bias = fold_values(self.view.linear_values(pair.conv), self.view.norm_values(pair.norm))
