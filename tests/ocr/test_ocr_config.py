@@ -99,3 +99,23 @@ def test_reading_needs_no_framework() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.steps=yes", "train.steps: yes is no value"),
+        ("data.words=2024-99-01", "the value is not YAML"),
+        ("data.words=" + "[" * 3000, "the value is not YAML"),
+    ],
+    ids=["truth value", "date", "depth"],
+)
+def test_values_that_yaml_reads_as_something_else(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(None, [override])
+
+
+def test_a_section_of_which_every_line_is_commented_out(tmp_path: Path) -> None:
+    file = tmp_path / "ocr.yaml"
+    file.write_text("seed: 3\ntrain:\n#  steps: 5\n", encoding="utf-8")
+    assert load(file).train == Config().train

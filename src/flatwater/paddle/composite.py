@@ -18,7 +18,7 @@ from flatwater.spec import Activation
 if TYPE_CHECKING:
     from flatwater.paddle.autograd import BatchNormCall, GroupNormCall
 
-__all__ = ["activate", "composite_gradients"]
+__all__ = ["activate", "composite_gradients", "exportable_group_norm"]
 
 _ACTIVATIONS = {
     "relu": F.relu,
@@ -78,6 +78,39 @@ def composite_gradients(
         dz.sum(per_channel).reshape([channels]),
         dz.reshape(shape),
     )
+
+
+def exportable_group_norm(
+    x: paddle.Tensor,
+    weight: paddle.Tensor | None,
+    bias: paddle.Tensor | None,
+    *,
+    groups: int,
+    channels: int,
+    epsilon: float,
+    channels_last: bool,
+) -> paddle.Tensor:
+    """Group norm as a graph that survives conversion to ONNX.
+
+    paddle2onnx 2.1 turns Paddle's ``group_norm`` into an InstanceNormalization whose result is NaN or wrong as
+    soon as a model has two of them. Here are elementary operators; sizes of batch and plane may be unknown.
+    """
+    size = channels // groups
+    rank = len(x.shape)
+    if channels_last:
+        split, over, repeats, shape = [0, -1, groups, size], [1, 3], [1, 1, 1, size], [0, *[1] * (rank - 2), channels]
+    else:
+        split, over, repeats, shape = [0, groups, -1], [2], [1, 1, size], [0, channels, *[1] * (rank - 2)]
+
+    def group_mean(values: paddle.Tensor) -> paddle.Tensor:
+        """The mean of each group, shaped to broadcast against x."""
+        return values.reshape(split).mean(over, keepdim=True).tile(repeats).reshape(shape)
+
+    affine = [channels if i == (rank - 1 if channels_last else 1) else 1 for i in range(rank)]
+    centred = x - group_mean(x)
+    z = centred * paddle.rsqrt(group_mean(centred * centred) + epsilon)
+    z = z if weight is None else z * weight.reshape(affine)
+    return z if bias is None else z + bias.reshape(affine)
 
 
 def _slope(z: paddle.Tensor, activation: Activation) -> paddle.Tensor | float:

@@ -34,6 +34,7 @@ from flatwater.paddle.autograd import (
     update_running,
 )
 from flatwater.paddle.backend import Backend, choose_backend, is_replay
+from flatwater.paddle.composite import exportable_group_norm
 from flatwater.paddle.norm import NormLayer
 from flatwater.spec import SingleValue
 
@@ -263,7 +264,17 @@ class GroupNorm(_SampleNorm, paddle.nn.GroupNorm):
         return int(self._num_groups)
 
     def _paddle_norm(self, x: paddle.Tensor) -> paddle.Tensor:
-        return F.group_norm(x, self._num_groups, self._epsilon, self.weight, self.bias, self._data_format)
+        if self.training or paddle.in_dynamic_mode():
+            return F.group_norm(x, self._num_groups, self._epsilon, self.weight, self.bias, self._data_format)
+        return exportable_group_norm(
+            x,
+            self.weight,
+            self.bias,
+            groups=self._num_groups,
+            channels=self._num_channels,
+            epsilon=self._epsilon,
+            channels_last=self._channels_last(),
+        )
 
 
 class _InstanceNorm(_SampleNorm):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from flatwater.errors import ConfigError
 
@@ -22,6 +22,16 @@ __all__ = ["Config", "DataConfig", "ModelConfig", "NormConfig", "OptimizerConfig
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_value(cls, value: Any) -> Any:
+        # YAML reads yes, no, on and off as truth values, which Python would take for 1 and 0.
+        if isinstance(value, bool):
+            raise ValueError(
+                f"{'yes' if value else 'no'} is no value that any setting takes; quote it if text is meant"
+            )
+        return value
 
 
 class ModelConfig(_Section):
@@ -131,6 +141,12 @@ class Config(_Section):
     train: TrainConfig = TrainConfig()
     data: DataConfig = DataConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_sections(cls, settings: Any) -> Any:
+        # A section of which every line is commented out.
+        return {key: {} if value is None else value for key, value in settings.items()}
+
     @model_validator(mode="after")
     def _groups_divide(self) -> Config:
         widths = (*self.model.channels, self.model.features)
@@ -165,7 +181,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); check the path of the configuration") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: is not UTF-8 text; a configuration is a YAML file") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}{_position(error)}: is not YAML ({_problem(error)}); correct that line") from error
     if content is None:
         return {}
@@ -174,12 +190,12 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _position(error: yaml.YAMLError) -> str:
+def _position(error: Exception) -> str:
     mark = getattr(error, "problem_mark", None)
     return "" if mark is None else f", line {mark.line + 1}"
 
 
-def _problem(error: yaml.YAMLError) -> str:
+def _problem(error: Exception) -> str:
     return getattr(error, "problem", None) or " ".join(str(error).split())
 
 
@@ -189,8 +205,8 @@ def _override(settings: dict[str, Any], override: str) -> None:
         raise ConfigError(f"{override!r} sets nothing; write it as KEY=VALUE, for instance train.steps=400")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{key}={text}: the value is not YAML ({_problem(error)}); quote it") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{key}={text[:60]}: the value is not YAML ({_problem(error)}); quote it") from error
     *sections, name = key.split(".")
     for depth, section in enumerate(sections):
         inner = settings.setdefault(section, {})
