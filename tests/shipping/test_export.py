@@ -137,18 +137,6 @@ def test_a_norm_that_uses_the_batch_in_eval_is_caught(tmp_path: Path) -> None:
     assert all(np.array_equal(value, before[name]) for name, value in state_of(model).items())
 
 
-def test_a_failed_conversion_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import paddle2onnx
-
-    def fail(*arguments: object, **settings: object) -> bytes:
-        raise RuntimeError("operator unknown")
-
-    monkeypatch.setattr(paddle2onnx, "export", fail)
-    with pytest.raises(ExportError, match="paddle2onnx cannot convert Sequential"):
-        export(toy(), tmp_path / "model", IMAGE)
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.parametrize("package", ["paddle2onnx", "onnx", "onnxruntime"])
 def test_a_missing_package_is_named_and_nothing_is_written(
     package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
