@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import paddle
 from paddle.autograd import PyLayer
+from paddle.jit.sot.psdb import fallback
 
 from flatwater import kernels
 from flatwater.kernels import Buffer, Statistics, Vector
@@ -106,6 +107,7 @@ def batch_norm(
     call: BatchNormCall,
 ) -> paddle.Tensor:
     """``act(γ·x̂ + β + residual)``, differentiable in every tensor. ``call`` receives the statistics."""
+    fallback(recursive=True)  # to_static(full_graph=False) runs what follows as it is, instead of looking into it
     return _BatchNorm.apply(x, weight, bias, residual, call)
 
 
@@ -117,6 +119,7 @@ def group_norm(
     call: GroupNormCall,
 ) -> paddle.Tensor:
     """``act(γ·x̂ + β + residual)`` with statistics per sample and group, differentiable in every tensor."""
+    fallback(recursive=True)
     return _GroupNorm.apply(x, weight, bias, residual, call)
 
 
