@@ -9,7 +9,7 @@ Ship     ``fold``, ``export``, ``verify``
 
 from flatwater.paddle import nn
 from flatwater.paddle.conv import ConvBNLayer
-from flatwater.paddle.convert import ConversionReport, convert, revert
+from flatwater.paddle.convert import convert, revert
 from flatwater.paddle.export import ExportReport, export
 from flatwater.paddle.fold import fold
 from flatwater.paddle.folded import FoldedNorm
@@ -27,7 +27,7 @@ from flatwater.paddle.layers import (
 )
 from flatwater.paddle.monitor import NormMonitor
 from flatwater.paddle.verify import verify
-from flatwater.surgery import FoldReport, FreezeReport
+from flatwater.surgery import ChangeReport, FoldReport
 from flatwater.verify import VerifyReport
 
 __all__ = [
@@ -35,12 +35,11 @@ __all__ = [
     "BatchNorm1D",
     "BatchNorm2D",
     "BatchNorm3D",
+    "ChangeReport",
     "ConvBNLayer",
-    "ConversionReport",
     "ExportReport",
     "FoldReport",
     "FoldedNorm",
-    "FreezeReport",
     "GroupNorm",
     "InstanceNorm1D",
     "InstanceNorm2D",

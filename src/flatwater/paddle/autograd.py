@@ -6,7 +6,6 @@ reads raw memory inside a captured graph would lose its gradients without a word
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -21,9 +20,9 @@ from flatwater import kernels
 from flatwater.kernels import Buffer, Statistics, Vector
 from flatwater.paddle.composite import composite_gradients
 from flatwater.paddle.pruning import asked_for
-from flatwater.spec import Activation
+from flatwater.spec import Activation, NormSpec
 
-__all__ = ["BatchNormCall", "GroupNormCall", "batch_norm", "group_norm", "running_statistics", "update_running"]
+__all__ = ["BatchNormCall", "GroupNormCall", "normalize", "running_statistics", "update_running"]
 
 
 @dataclass
@@ -69,6 +68,21 @@ class BatchNormCall:
         inv_std = 1.0 / np.sqrt(variance64 + epsilon)
         return cls(channels_last, activation, epsilon, mean64, inv_std, np.empty(0), frozen=True)
 
+    def forward(self, x: Buffer, y: Buffer, **settings: Any) -> None:
+        """Fill ``y``, and the statistics unless they are constants."""
+        if self.frozen:
+            kernels.batch_normalize(x, y, mean=self.mean, inv_std=self.inv_std, **settings)
+            return
+        self.count = kernels.batch_norm_forward(
+            x, y, mean=self.mean, m2=self.m2, inv_std=self.inv_std, epsilon=self.epsilon, **settings
+        )
+
+    def backward(self, dy: Buffer, x: Buffer, dx: Buffer | None, dresidual: Buffer | None, **settings: Any) -> None:
+        """Fill ``dx`` and ``dresidual``, where they are wanted, and the sums."""
+        kernels.batch_norm_backward(
+            dy, x, dx, dresidual, mean=self.mean, inv_std=self.inv_std, frozen=self.frozen, **settings
+        )
+
 
 @dataclass
 class GroupNormCall:
@@ -95,32 +109,39 @@ class GroupNormCall:
         size = samples * groups
         return cls(groups, channels_last, activation, epsilon, np.zeros(size), np.zeros(size), np.zeros(size))
 
+    def forward(self, x: Buffer, y: Buffer, **settings: Any) -> None:
+        """Fill ``y`` and the statistics."""
+        kernels.group_norm_forward(
+            x,
+            y,
+            groups=self.groups,
+            mean=self.mean,
+            m2=self.m2,
+            inv_std=self.inv_std,
+            epsilon=self.epsilon,
+            **settings,
+        )
+
+    def backward(self, dy: Buffer, x: Buffer, dx: Buffer | None, dresidual: Buffer | None, **settings: Any) -> None:
+        """Fill ``dx`` and ``dresidual``, where they are wanted, and the sums."""
+        kernels.group_norm_backward(
+            dy, x, dx, dresidual, groups=self.groups, mean=self.mean, inv_std=self.inv_std, **settings
+        )
+
 
 _Call: TypeAlias = BatchNormCall | GroupNormCall
 
 
-def batch_norm(
+def normalize(
     x: paddle.Tensor,
     weight: paddle.Tensor | None,
     bias: paddle.Tensor | None,
     residual: paddle.Tensor | None,
-    call: BatchNormCall,
+    call: BatchNormCall | GroupNormCall,
 ) -> paddle.Tensor:
     """``act(γ·x̂ + β + residual)``, differentiable in every tensor. ``call`` receives the statistics."""
     fallback(recursive=True)  # to_static(full_graph=False) runs what follows as it is, instead of looking into it
-    return _BatchNorm.apply(x, weight, bias, residual, call)
-
-
-def group_norm(
-    x: paddle.Tensor,
-    weight: paddle.Tensor | None,
-    bias: paddle.Tensor | None,
-    residual: paddle.Tensor | None,
-    call: GroupNormCall,
-) -> paddle.Tensor:
-    """``act(γ·x̂ + β + residual)`` with statistics per sample and group, differentiable in every tensor."""
-    fallback(recursive=True)
-    return _GroupNorm.apply(x, weight, bias, residual, call)
+    return _Norm.apply(x, weight, bias, residual, call)
 
 
 def running_statistics(mean: paddle.Tensor, variance: paddle.Tensor) -> tuple[Statistics, Statistics]:
@@ -128,54 +149,57 @@ def running_statistics(mean: paddle.Tensor, variance: paddle.Tensor) -> tuple[St
     return mean.numpy().astype(np.float64), variance.numpy().astype(np.float64)
 
 
-def update_running(mean: paddle.Tensor, variance: paddle.Tensor, call: BatchNormCall, momentum: float) -> None:
-    """``moving = momentum · moving + (1 - momentum) · batch``, in the memory of the layer's buffers.
-
-    The batch variance is the biased one, as in Paddle's own CPU kernels.
-    """
+def update_running(mean: paddle.Tensor, variance: paddle.Tensor, call: BatchNormCall, spec: NormSpec) -> None:
+    """``moving = momentum · moving + (1 - momentum) · batch``, in the memory of the layer's buffers."""
     kernels.update_running(
         _vector(mean),
         _vector(variance),
         mean=call.mean,
         m2=call.m2,
         count=call.count,
-        momentum=momentum,
-        unbiased=False,
+        momentum=spec.momentum,
+        unbiased=spec.unbiased,
     )
 
 
-def _keep(ctx: Any, call: _Call, tensors: tuple[paddle.Tensor | None, ...]) -> None:
-    """Save what the backward pass needs: x, γ, β and the residual, and which of them need gradients."""
-    ctx.call = call
-    ctx.given = [tensor is not None for tensor in tensors]
-    # Asked now: a tensor that comes back from a hook (recompute, offloading) has forgotten it.
-    ctx.needed = [tensor is not None and not tensor.stop_gradient for tensor in tensors]
-    ctx.save_for_backward(*[tensor for tensor in tensors if tensor is not None])
+class _Norm(PyLayer):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: paddle.Tensor,
+        weight: paddle.Tensor | None,
+        bias: paddle.Tensor | None,
+        residual: paddle.Tensor | None,
+        call: _Call,
+    ) -> paddle.Tensor:
+        tensors = (x, weight, bias, residual)
+        ctx.call = call
+        ctx.given = [tensor is not None for tensor in tensors]
+        # Asked now: a tensor that comes back from a hook (recompute, offloading) has forgotten it.
+        ctx.needed = [tensor is not None and not tensor.stop_gradient for tensor in tensors]
+        ctx.save_for_backward(*[tensor for tensor in tensors if tensor is not None])
 
+        x, residual = x.contiguous(), None if residual is None else residual.contiguous()
+        y = paddle.empty_like(x)
+        call.forward(_buffer(x, call), _buffer(y, call), **_settings(weight, bias, residual, call))
+        return y
 
-def _gradients(ctx: Any, dy: paddle.Tensor, launch: Callable[..., None]) -> tuple[paddle.Tensor | None, ...]:
-    """One gradient for each tensor that forward was given, None for those that need none.
-
-    ``launch(dy, x, dx, dresidual, **settings)`` runs the kernel.
-    """
-    call = ctx.call
-    saved = iter(ctx.saved_tensor())
-    tensors: list[Any] = [next(saved) if given else None for given in ctx.given]
-    needed = [need and asked for need, asked in zip(ctx.needed, asked_for(tensors), strict=True)]
-    # A gradient that will itself be differentiated has to consist of Paddle's operators.
-    differentiate = composite_gradients if paddle.is_grad_enabled() else partial(_kernel_gradients, needed, launch)
-    found = differentiate(dy, tensors, call)
-    each = zip(found, ctx.given, needed, strict=True)
-    return tuple(gradient if need else None for gradient, given, need in each if given)
+    @staticmethod
+    def backward(ctx: Any, dy: paddle.Tensor) -> tuple[paddle.Tensor | None, ...]:
+        saved = iter(ctx.saved_tensor())
+        tensors: list[Any] = [next(saved) if given else None for given in ctx.given]
+        needed = [need and asked for need, asked in zip(ctx.needed, asked_for(tensors), strict=True)]
+        # A gradient that will itself be differentiated has to consist of Paddle's operators.
+        differentiate = composite_gradients if paddle.is_grad_enabled() else partial(_kernel_gradients, needed)
+        found = differentiate(dy, tensors, ctx.call)
+        each = zip(found, ctx.given, needed, strict=True)
+        return tuple(gradient if need else None for gradient, given, need in each if given)
 
 
 def _kernel_gradients(
-    needed: list[bool],
-    launch: Callable[..., None],
-    dy: paddle.Tensor,
-    tensors: list[Any],
-    call: _Call,
+    needed: list[bool], dy: paddle.Tensor, tensors: list[Any], call: _Call
 ) -> tuple[paddle.Tensor | None, ...]:
+    """The gradients for x, γ, β and the residual that are ``needed``, None for the others."""
     x, weight, bias, residual = tensors
     x, dy = x.contiguous(), dy.contiguous()
     residual = None if residual is None else residual.contiguous()
@@ -183,7 +207,7 @@ def _kernel_gradients(
     dresidual = paddle.empty_like(x) if needed[3] else None
     channels = x.shape[-1 if call.channels_last else 1]
     sum_dz, sum_dz_xhat = np.zeros(channels), np.zeros(channels)
-    launch(
+    call.backward(
         _buffer(dy, call),
         _buffer(x, call),
         None if dx is None else _buffer(dx, call),
@@ -195,67 +219,6 @@ def _kernel_gradients(
     dweight = _stored(sum_dz_xhat, weight) if needed[1] else None
     dbias = _stored(sum_dz, bias) if needed[2] else None
     return dx, dweight, dbias, dresidual
-
-
-class _BatchNorm(PyLayer):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: paddle.Tensor,
-        weight: paddle.Tensor | None,
-        bias: paddle.Tensor | None,
-        residual: paddle.Tensor | None,
-        call: BatchNormCall,
-    ) -> paddle.Tensor:
-        _keep(ctx, call, (x, weight, bias, residual))
-        x, residual = x.contiguous(), None if residual is None else residual.contiguous()
-        y = paddle.empty_like(x)
-        source, target, settings = _buffer(x, call), _buffer(y, call), _settings(weight, bias, residual, call)
-        if call.frozen:
-            kernels.batch_normalize(source, target, mean=call.mean, inv_std=call.inv_std, **settings)
-        else:
-            call.count = kernels.batch_norm_forward(
-                source, target, mean=call.mean, m2=call.m2, inv_std=call.inv_std, epsilon=call.epsilon, **settings
-            )
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, dy: paddle.Tensor) -> tuple[paddle.Tensor | None, ...]:
-        call = ctx.call
-        launch = partial(kernels.batch_norm_backward, mean=call.mean, inv_std=call.inv_std, frozen=call.frozen)
-        return _gradients(ctx, dy, launch)
-
-
-class _GroupNorm(PyLayer):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: paddle.Tensor,
-        weight: paddle.Tensor | None,
-        bias: paddle.Tensor | None,
-        residual: paddle.Tensor | None,
-        call: GroupNormCall,
-    ) -> paddle.Tensor:
-        _keep(ctx, call, (x, weight, bias, residual))
-        x, residual = x.contiguous(), None if residual is None else residual.contiguous()
-        y = paddle.empty_like(x)
-        kernels.group_norm_forward(
-            _buffer(x, call),
-            _buffer(y, call),
-            groups=call.groups,
-            mean=call.mean,
-            m2=call.m2,
-            inv_std=call.inv_std,
-            epsilon=call.epsilon,
-            **_settings(weight, bias, residual, call),
-        )
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, dy: paddle.Tensor) -> tuple[paddle.Tensor | None, ...]:
-        call = ctx.call
-        launch = partial(kernels.group_norm_backward, groups=call.groups, mean=call.mean, inv_std=call.inv_std)
-        return _gradients(ctx, dy, launch)
 
 
 def _settings(

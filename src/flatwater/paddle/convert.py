@@ -6,14 +6,13 @@ refers to the layer stay what they are, because it is still the same object.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import paddle
 
 from flatwater.errors import SurgeryError
 from flatwater.paddle import layers
+from flatwater.surgery import ChangeReport
 
-__all__ = ["ConversionReport", "convert", "revert"]
+__all__ = ["convert", "revert"]
 
 _CLASSES: dict[type, type] = {
     getattr(paddle.nn, name): getattr(layers, name)
@@ -30,25 +29,7 @@ _CLASSES: dict[type, type] = {
 }
 
 
-@dataclass
-class ConversionReport:
-    """What was done to a model.
-
-    Attributes:
-        changed: paths of the layers that have another class now.
-        left: path -> why a norm layer was left as it was.
-    """
-
-    changed: list[str] = field(default_factory=list)
-    left: dict[str, str] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        lines = [f"{len(self.changed)} layers changed, {len(self.left)} left"]
-        lines += [f"  {path}: {reason}" for path, reason in self.left.items()]
-        return "\n".join(lines)
-
-
-def convert(model: paddle.nn.Layer) -> ConversionReport:
+def convert(model: paddle.nn.Layer) -> ChangeReport:
     """Let every stock norm layer of ``model`` compute with Flatwater's kernels, in place.
 
     Layers of a subclass that somebody else wrote are left, for their ``forward`` may do more.
@@ -56,7 +37,7 @@ def convert(model: paddle.nn.Layer) -> ConversionReport:
     Raises:
         SurgeryError: ``model`` is itself a norm layer's parameter, not a ``paddle.nn.Layer``.
     """
-    report = ConversionReport()
+    report = ChangeReport()
     ours = tuple(_CLASSES.values())
     for path, layer in _layers(model):
         if type(layer) in _CLASSES:
@@ -71,14 +52,14 @@ def convert(model: paddle.nn.Layer) -> ConversionReport:
     return report
 
 
-def revert(model: paddle.nn.Layer) -> ConversionReport:
+def revert(model: paddle.nn.Layer) -> ChangeReport:
     """The way back: stock classes again, so that the model no longer needs Flatwater.
 
     A layer that fuses an activation, or passes single values through, has no stock equal and is left;
     ``BatchNorm`` keeps its activation, for Paddle's class of that name has one too.
     """
     stock = {ours: theirs for theirs, ours in _CLASSES.items()}
-    report = ConversionReport()
+    report = ChangeReport()
     for path, layer in _layers(model):
         if type(layer) not in stock:
             continue

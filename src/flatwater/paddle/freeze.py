@@ -10,7 +10,7 @@ import paddle
 from flatwater.errors import SurgeryError
 from flatwater.paddle.running import layers_of
 from flatwater.paddle.view import norm_values
-from flatwater.surgery import FreezeReport, check_statistics
+from flatwater.surgery import ChangeReport, check_statistics
 
 __all__ = ["freeze", "thaw"]
 
@@ -22,7 +22,7 @@ _MEMORY = "_flatwater_before_freeze"
 
 def freeze(
     model: paddle.nn.Layer, *, affine: bool = True, statistics: bool = True, pattern: str | None = None
-) -> FreezeReport:
+) -> ChangeReport:
     """Stop the batch norm layers of ``model`` from learning, in place. Doing it twice is doing it once.
 
     Args:
@@ -40,7 +40,7 @@ def freeze(
     """
     if not (affine or statistics):
         raise SurgeryError("freeze(affine=False, statistics=False) asks for nothing; set one of them to True")
-    report = FreezeReport()
+    report = ChangeReport()
     matching = _matching(model, pattern, report)
     for path, layer in matching if statistics else ():
         check_statistics(path, norm_values(layer))
@@ -58,13 +58,13 @@ def freeze(
     return report
 
 
-def thaw(model: paddle.nn.Layer, *, pattern: str | None = None) -> FreezeReport:
+def thaw(model: paddle.nn.Layer, *, pattern: str | None = None) -> ChangeReport:
     """Undo :func:`freeze`: each layer gets back exactly the settings that it had before it was frozen first.
 
     Raises:
         SurgeryError: no batch norm layer matches ``pattern``.
     """
-    report = FreezeReport()
+    report = ChangeReport()
     for path, layer in _matching(model, pattern, report):
         memory: dict[str, Any] | None = layer.__dict__.pop(_MEMORY, None)
         if memory is None:
@@ -79,7 +79,7 @@ def thaw(model: paddle.nn.Layer, *, pattern: str | None = None) -> FreezeReport:
     return report
 
 
-def _matching(model: paddle.nn.Layer, pattern: str | None, report: FreezeReport) -> list[tuple[str, paddle.nn.Layer]]:
+def _matching(model: paddle.nn.Layer, pattern: str | None, report: ChangeReport) -> list[tuple[str, paddle.nn.Layer]]:
     """The batch norms that ``pattern`` selects; other norms that it selects are noted as left."""
     layers = [(path, layer) for path, layer in layers_of(model) if pattern is None or fnmatchcase(path, pattern)]
     for path, layer in layers:

@@ -29,8 +29,7 @@ from flatwater.errors import InputError, SingleValueError
 from flatwater.paddle.autograd import (
     BatchNormCall,
     GroupNormCall,
-    batch_norm,
-    group_norm,
+    normalize,
     update_running,
 )
 from flatwater.paddle.backend import Backend, choose_backend, is_replay
@@ -126,11 +125,11 @@ class _BatchNorm(NormLayer):
         }
         if not by_batch:
             call = BatchNormCall.with_constants(self._mean, self._variance, **settings)
-            return batch_norm(x, *self._affine(), residual, call)
+            return normalize(x, *self._affine(), residual, call)
         call = BatchNormCall.over_batch(self._channels(), **settings)
-        y = batch_norm(x, *self._affine(), residual, call)
+        y = normalize(x, *self._affine(), residual, call)
         if not is_replay():
-            update_running(self._mean, self._variance, call, spec.momentum)
+            update_running(self._mean, self._variance, call, spec)
         return y
 
     def _paddle_batch_norm(self, x: paddle.Tensor) -> paddle.Tensor:
@@ -231,7 +230,7 @@ class _SampleNorm(NormLayer):
             activation=spec.activation,
             epsilon=spec.epsilon,
         )
-        return group_norm(x, *self._affine(), residual, call)
+        return normalize(x, *self._affine(), residual, call)
 
     def _backend(self, x: paddle.Tensor) -> Backend:
         return choose_backend(x, self._norm_tensors(), training=self.training)

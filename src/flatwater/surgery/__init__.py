@@ -2,14 +2,14 @@
 
 from flatwater.surgery.arithmetic import LinearValues, NormValues, WeightLayout, check_statistics, fold_values
 from flatwater.surgery.fold import fold_model, pair_up
-from flatwater.surgery.report import FoldedPair, FoldReport, FreezeReport, Movement
+from flatwater.surgery.report import ChangeReport, FoldedPair, FoldReport, Movement
 from flatwater.surgery.view import Call, ModelView, Trace
 
 __all__ = [
     "Call",
+    "ChangeReport",
     "FoldReport",
     "FoldedPair",
-    "FreezeReport",
     "LinearValues",
     "ModelView",
     "Movement",

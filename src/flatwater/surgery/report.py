@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-__all__ = ["FoldReport", "FoldedPair", "FreezeReport", "Movement"]
+__all__ = ["ChangeReport", "FoldReport", "FoldedPair", "Movement"]
 
 
 class FoldedPair(NamedTuple):
@@ -30,8 +30,8 @@ class Movement(NamedTuple):
 
 
 @dataclass
-class FreezeReport:
-    """What :func:`freeze` or :func:`thaw` did.
+class ChangeReport:
+    """What was done to the norm layers of a model: converted, reverted, frozen or thawed.
 
     Attributes:
         changed: paths of the layers that were changed.
