@@ -6,10 +6,9 @@ reads raw memory inside a captured graph would lose its gradients without a word
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from math import prod
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import paddle
@@ -18,118 +17,12 @@ from paddle.jit.sot.psdb import fallback
 
 from flatwater import kernels
 from flatwater.kernels import Buffer, Statistics, Vector
+from flatwater.paddle.calls import BatchNormCall, NormCall
 from flatwater.paddle.composite import composite_gradients
 from flatwater.paddle.pruning import asked_for
-from flatwater.spec import Activation, NormSpec
+from flatwater.spec import NormSpec
 
-__all__ = ["BatchNormCall", "GroupNormCall", "normalize", "running_statistics", "update_running"]
-
-
-@dataclass
-class BatchNormCall:
-    """One call of batch norm: its settings, and the statistics that it leaves behind.
-
-    Attributes:
-        channels_last: where the channels of x stand.
-        activation: fused after γ·x̂ + β + residual.
-        epsilon: added to the variance.
-        mean, inv_std: float64, one per channel. Given where ``frozen``, else filled.
-        m2: Σ(x - mean)², filled unless ``frozen``.
-        frozen: statistics are constants, so no gradient flows through them.
-        count: values per channel behind the statistics, set by the forward pass.
-    """
-
-    channels_last: bool
-    activation: Activation
-    epsilon: float
-    mean: Statistics
-    inv_std: Statistics
-    m2: Statistics
-    frozen: bool = False
-    count: int = 0
-
-    @classmethod
-    def over_batch(cls, channels: int, *, channels_last: bool, activation: Activation, epsilon: float) -> BatchNormCall:
-        """A call that takes its statistics from the batch."""
-        return cls(channels_last, activation, epsilon, np.zeros(channels), np.zeros(channels), np.zeros(channels))
-
-    @classmethod
-    def with_constants(
-        cls,
-        mean: paddle.Tensor,
-        variance: paddle.Tensor,
-        *,
-        channels_last: bool,
-        activation: Activation,
-        epsilon: float,
-    ) -> BatchNormCall:
-        """A call that takes its statistics from the moving ones, as constants."""
-        mean64, variance64 = running_statistics(mean, variance)
-        inv_std = 1.0 / np.sqrt(variance64 + epsilon)
-        return cls(channels_last, activation, epsilon, mean64, inv_std, np.empty(0), frozen=True)
-
-    def forward(self, x: Buffer, y: Buffer, **settings: Any) -> None:
-        """Fill ``y``, and the statistics unless they are constants."""
-        if self.frozen:
-            kernels.batch_normalize(x, y, mean=self.mean, inv_std=self.inv_std, **settings)
-            return
-        self.count = kernels.batch_norm_forward(
-            x, y, mean=self.mean, m2=self.m2, inv_std=self.inv_std, epsilon=self.epsilon, **settings
-        )
-
-    def backward(self, dy: Buffer, x: Buffer, dx: Buffer | None, dresidual: Buffer | None, **settings: Any) -> None:
-        """Fill ``dx`` and ``dresidual``, where they are wanted, and the sums."""
-        kernels.batch_norm_backward(
-            dy, x, dx, dresidual, mean=self.mean, inv_std=self.inv_std, frozen=self.frozen, **settings
-        )
-
-
-@dataclass
-class GroupNormCall:
-    """One call of group norm; instance norm is the one with as many groups as channels.
-
-    Attributes:
-        groups, channels_last, activation, epsilon: the layer's settings.
-        mean, m2, inv_std: float64, one per sample and group, filled by the forward pass.
-    """
-
-    groups: int
-    channels_last: bool
-    activation: Activation
-    epsilon: float
-    mean: Statistics
-    m2: Statistics
-    inv_std: Statistics
-
-    @classmethod
-    def over_samples(
-        cls, samples: int, *, groups: int, channels_last: bool, activation: Activation, epsilon: float
-    ) -> GroupNormCall:
-        """A call with room for the statistics of ``samples`` samples."""
-        size = samples * groups
-        return cls(groups, channels_last, activation, epsilon, np.zeros(size), np.zeros(size), np.zeros(size))
-
-    def forward(self, x: Buffer, y: Buffer, **settings: Any) -> None:
-        """Fill ``y`` and the statistics."""
-        kernels.group_norm_forward(
-            x,
-            y,
-            groups=self.groups,
-            mean=self.mean,
-            m2=self.m2,
-            inv_std=self.inv_std,
-            epsilon=self.epsilon,
-            **settings,
-        )
-
-    def backward(self, dy: Buffer, x: Buffer, dx: Buffer | None, dresidual: Buffer | None, **settings: Any) -> None:
-        """Fill ``dx`` and ``dresidual``, where they are wanted, and the sums."""
-        kernels.group_norm_backward(
-            dy, x, dx, dresidual, groups=self.groups, mean=self.mean, inv_std=self.inv_std, **settings
-        )
-
-
-_Call: TypeAlias = BatchNormCall | GroupNormCall
+__all__ = ["normalize", "update_running"]
 
 
 def normalize(
@@ -137,16 +30,11 @@ def normalize(
     weight: paddle.Tensor | None,
     bias: paddle.Tensor | None,
     residual: paddle.Tensor | None,
-    call: BatchNormCall | GroupNormCall,
+    call: NormCall,
 ) -> paddle.Tensor:
     """``act(γ·x̂ + β + residual)``, differentiable in every tensor. ``call`` receives the statistics."""
     fallback(recursive=True)  # to_static(full_graph=False) runs what follows as it is, instead of looking into it
     return _Norm.apply(x, weight, bias, residual, call)
-
-
-def running_statistics(mean: paddle.Tensor, variance: paddle.Tensor) -> tuple[Statistics, Statistics]:
-    """The moving statistics of a layer as float64 arrays of their own."""
-    return mean.numpy().astype(np.float64), variance.numpy().astype(np.float64)
 
 
 def update_running(mean: paddle.Tensor, variance: paddle.Tensor, call: BatchNormCall, spec: NormSpec) -> None:
@@ -170,7 +58,7 @@ class _Norm(PyLayer):
         weight: paddle.Tensor | None,
         bias: paddle.Tensor | None,
         residual: paddle.Tensor | None,
-        call: _Call,
+        call: NormCall,
     ) -> paddle.Tensor:
         tensors = (x, weight, bias, residual)
         ctx.call = call
@@ -197,7 +85,7 @@ class _Norm(PyLayer):
 
 
 def _kernel_gradients(
-    needed: list[bool], dy: paddle.Tensor, tensors: list[Any], call: _Call
+    needed: list[bool], dy: paddle.Tensor, tensors: list[Any], call: NormCall
 ) -> tuple[paddle.Tensor | None, ...]:
     """The gradients for x, γ, β and the residual that are ``needed``, None for the others."""
     x, weight, bias, residual = tensors
@@ -222,7 +110,7 @@ def _kernel_gradients(
 
 
 def _settings(
-    weight: paddle.Tensor | None, bias: paddle.Tensor | None, residual: paddle.Tensor | None, call: _Call
+    weight: paddle.Tensor | None, bias: paddle.Tensor | None, residual: paddle.Tensor | None, call: NormCall
 ) -> dict[str, Any]:
     return {
         "weight": None if weight is None else _vector(weight),
@@ -232,7 +120,7 @@ def _settings(
     }
 
 
-def _buffer(tensor: paddle.Tensor, call: _Call) -> Buffer:
+def _buffer(tensor: paddle.Tensor, call: NormCall) -> Buffer:
     outer, *rest = tensor.shape
     channels = rest.pop() if call.channels_last else rest.pop(0)
     return Buffer(tensor.data_ptr(), _dtype(tensor), (outer, channels, prod(rest)), call.channels_last)

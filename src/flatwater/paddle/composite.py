@@ -8,15 +8,13 @@ or Paddle's fused operators.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import paddle
 import paddle.nn.functional as F
 
+from flatwater.paddle.calls import NormCall
 from flatwater.spec import Activation
-
-if TYPE_CHECKING:
-    from flatwater.paddle.autograd import BatchNormCall, GroupNormCall
 
 __all__ = ["activate", "composite_gradients", "exportable_group_norm"]
 
@@ -34,9 +32,7 @@ def activate(z: paddle.Tensor, activation: Activation) -> paddle.Tensor:
     return z if activation == "none" else _ACTIVATIONS[activation](z)
 
 
-def composite_gradients(
-    dy: paddle.Tensor, tensors: Sequence[Any], call: BatchNormCall | GroupNormCall
-) -> tuple[paddle.Tensor, ...]:
+def composite_gradients(dy: paddle.Tensor, tensors: Sequence[Any], call: NormCall) -> tuple[paddle.Tensor, ...]:
     """The gradients for ``tensors``, x, γ, β and the residual, as differentiable functions of ``dy`` and of each.
 
     With dz = dy·act'(z), and means over everything that shares statistics,

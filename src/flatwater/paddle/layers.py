@@ -26,13 +26,9 @@ import paddle
 import paddle.nn.functional as F
 
 from flatwater.errors import InputError, SingleValueError
-from flatwater.paddle.autograd import (
-    BatchNormCall,
-    GroupNormCall,
-    normalize,
-    update_running,
-)
+from flatwater.paddle.autograd import normalize, update_running
 from flatwater.paddle.backend import Backend, choose_backend, is_replay
+from flatwater.paddle.calls import BatchNormCall, GroupNormCall
 from flatwater.paddle.composite import exportable_group_norm
 from flatwater.paddle.norm import NormLayer
 from flatwater.spec import SingleValue
