@@ -94,13 +94,7 @@ struct Batch {
         Scratch<GradientSums> planes(samples * channels);
         parallel_for(samples * channels, p.shape.elements(),
                      [&](index i) { planes[i] = plane_sums<A>(p, i / channels, i % channels); });
-        for (index c = 0; c < channels; ++c) {
-            p.sum_dz[c] = p.sum_dz_xhat[c] = 0;
-            for (index n = 0; n < samples; ++n) {
-                p.sum_dz[c] += planes[n * channels + c].dz;
-                p.sum_dz_xhat[c] += planes[n * channels + c].dz_xhat;
-            }
-        }
+        sum_over_samples(p, planes.get());
     }
 
     static Gradient<T> gradient_of(const Problem &p, index c) {
@@ -166,14 +160,21 @@ struct Batch {
                         Affine<T>(channel_of(p, c, c)));
     }
 
+    // Calls body(tile, its pointers, its columns), a task for each tile.
+    template <class Body>
+    static void each_tile(const Problem &p, const RowLayout &layout, const Body &body) {
+        parallel_for(layout.tasks(), p.shape.elements(), [&](index task) {
+            const Tile tile(layout, task);
+            Columns<T> columns;
+            set_affine(p, layout, tile, columns);
+            body(tile, At<S>(p, tile.offset), columns);
+        });
+    }
+
     template <Activation A>
     static void row_normalize(const Problem &p) {
         const RowLayout layout(p.shape);
-        parallel_for(layout.tasks(), p.shape.elements(), [&](index task) {
-            const Tile tile(layout, task);
-            const At<S> at(p, tile.offset);
-            Columns<T> columns;
-            set_affine(p, layout, tile, columns);
+        each_tile(p, layout, [&](const Tile &tile, const At<S> &at, const Columns<T> &columns) {
             columns_apply<S, A>(at.x, at.residual, at.y, tile.rows, layout.columns(), tile.columns, columns);
         });
     }
@@ -183,11 +184,7 @@ struct Batch {
         const RowLayout layout(p.shape);
         const index width = layout.columns();
         Scratch<double> dz(layout.chunks * width), shifted(layout.chunks * width);
-        parallel_for(layout.tasks(), p.shape.elements(), [&](index task) {
-            const Tile tile(layout, task);
-            const At<S> at(p, tile.offset);
-            Columns<T> columns;
-            set_affine(p, layout, tile, columns);
+        each_tile(p, layout, [&](const Tile &tile, const At<S> &at, const Columns<T> &columns) {
             const index to = tile.chunk * width + tile.c0 * layout.inner;
             columns_sums<S, A>(at.dy, at.x, at.residual, tile.rows, width, tile.columns, columns, &dz[to],
                                &shifted[to]);
@@ -208,11 +205,7 @@ struct Batch {
     template <Activation A>
     static void row_input_gradient(const Problem &p) {
         const RowLayout layout(p.shape);
-        parallel_for(layout.tasks(), p.shape.elements(), [&](index task) {
-            const Tile tile(layout, task);
-            const At<S> at(p, tile.offset);
-            Columns<T> columns;
-            set_affine(p, layout, tile, columns);
+        each_tile(p, layout, [&](const Tile &tile, const At<S> &at, Columns<T> &columns) {
             for (index c = tile.c0; c < tile.c1; ++c)
                 columns.set((c - tile.c0) * layout.inner, (c - tile.c0 + 1) * layout.inner, gradient_of(p, c));
             columns_gradient<S, A>(at.dy, at.x, at.residual, at.dx, at.dresidual, tile.rows, layout.columns(),

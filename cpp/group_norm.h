@@ -16,7 +16,6 @@ struct Group {
     static index tiles(const Problem &p) { return p.shape.channels < tile ? 1 : p.shape.channels / tile; }
     static index statistics_of(const Problem &p, index n, index c) { return n * p.groups + c / group_channels(p); }
     static Channel channel(const Problem &p, index n, index c) { return channel_of(p, statistics_of(p, n, c), c); }
-    static index plane(const Problem &p, index n, index c) { return (n * p.shape.channels + c) * p.shape.inner; }
 
     // The channels [c0, c1) of sample n, channels-last.
     struct Part {
@@ -128,16 +127,9 @@ struct Group {
 
     template <Activation A>
     static void backward(const Problem &p) {
-        const index samples = p.shape.outer, channels = p.shape.channels;
-        Scratch<GradientSums> planes(samples * channels);
+        Scratch<GradientSums> planes(p.shape.outer * p.shape.channels);
         p.shape.channels_last ? column_backward<A>(p, planes.get()) : segment_backward<A>(p, planes.get());
-        for (index c = 0; c < channels; ++c) {
-            p.sum_dz[c] = p.sum_dz_xhat[c] = 0;
-            for (index n = 0; n < samples; ++n) {
-                p.sum_dz[c] += planes[n * channels + c].dz;
-                p.sum_dz_xhat[c] += planes[n * channels + c].dz_xhat;
-            }
-        }
+        sum_over_samples(p, planes.get());
     }
 
     template <Activation A>

@@ -88,6 +88,18 @@ bool is_large(const Problem &p) {
     return p.shape.elements() * index(sizeof(S)) >= streaming_bytes;
 }
 
+// dβ and dγ: what the planes of each channel contribute, sample after sample.
+inline void sum_over_samples(const Problem &p, const GradientSums *planes) {
+    const index channels = p.shape.channels;
+    for (index c = 0; c < channels; ++c) {
+        p.sum_dz[c] = p.sum_dz_xhat[c] = 0;
+        for (index n = 0; n < p.shape.outer; ++n) {
+            p.sum_dz[c] += planes[n * channels + c].dz;
+            p.sum_dz_xhat[c] += planes[n * channels + c].dz_xhat;
+        }
+    }
+}
+
 // The element pointers of a call at one offset, null where the call has none.
 template <class S>
 struct At {

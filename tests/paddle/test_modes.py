@@ -85,7 +85,7 @@ def test_to_static_evaluates_the_same(full_graph: bool) -> None:
 def test_paddles_operators_take_over_with_the_same_results(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a device that the kernels do not cover."""
     expected = results(make_net())
-    monkeypatch.setattr("flatwater.paddle.layers.choose_backend", lambda *_, **__: "paddle")
+    monkeypatch.setattr("flatwater.paddle.norm.choose_backend", lambda *_, **__: "paddle")
     net = make_net()
     assert fw.backend_of(net.head, batch()) == "paddle"
     assert_same(results(net), expected)
@@ -95,7 +95,7 @@ def test_paddles_operators_take_over_with_the_same_results(monkeypatch: pytest.M
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_recompute_moves_the_statistics_once(backend, use_reentrant, monkeypatch) -> None:
     if backend == "paddle":
-        monkeypatch.setattr("flatwater.paddle.layers.choose_backend", lambda *_, **__: "paddle")
+        monkeypatch.setattr("flatwater.paddle.norm.choose_backend", lambda *_, **__: "paddle")
     expected = results(make_net())
     net = make_net()
 

@@ -259,6 +259,19 @@ def test_resume_goes_on_where_the_checkpoint_was(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("layer_class", "statistics"), [(fw.BatchNorm2D, "running"), (fw.BatchNorm, "running"), (nn.BatchNorm2D, "batch")]
+)
+def test_use_global_stats_false_in_eval_means_what_it_means_to_each_layer(layer_class: type, statistics: str) -> None:
+    layer = layer_class(4, use_global_stats=False)
+    layer.eval()
+    monitor = NormMonitor(layer)
+    with monitor.sampling(1):
+        layer(paddle.randn([2, 4, 3, 3]))
+    (recorded,) = monitor.record()["layers"]
+    assert recorded["samples"][0]["statistics"] == statistics
+
+
+@pytest.mark.parametrize(
     "content",
     [
         None,

@@ -8,24 +8,14 @@ from __future__ import annotations
 
 import paddle
 
-from flatwater.errors import SurgeryError
 from flatwater.paddle import layers
+from flatwater.paddle.running import layers_of
 from flatwater.surgery import ChangeReport
 
 __all__ = ["convert", "revert"]
 
 _CLASSES: dict[type, type] = {
-    getattr(paddle.nn, name): getattr(layers, name)
-    for name in (
-        "BatchNorm",
-        "BatchNorm1D",
-        "BatchNorm2D",
-        "BatchNorm3D",
-        "GroupNorm",
-        "InstanceNorm1D",
-        "InstanceNorm2D",
-        "InstanceNorm3D",
-    )
+    getattr(paddle.nn, name): getattr(layers, name) for name in layers.__all__ if hasattr(paddle.nn, name)
 }
 
 
@@ -35,11 +25,11 @@ def convert(model: paddle.nn.Layer) -> ChangeReport:
     Layers of a subclass that somebody else wrote are left, for their ``forward`` may do more.
 
     Raises:
-        SurgeryError: ``model`` is itself a norm layer's parameter, not a ``paddle.nn.Layer``.
+        SurgeryError: ``model`` is not a ``paddle.nn.Layer``.
     """
     report = ChangeReport()
     ours = tuple(_CLASSES.values())
-    for path, layer in _layers(model):
+    for path, layer in layers_of(model):
         if type(layer) in _CLASSES:
             layer.__class__ = _CLASSES[type(layer)]
             report.changed.append(path)
@@ -55,12 +45,12 @@ def convert(model: paddle.nn.Layer) -> ChangeReport:
 def revert(model: paddle.nn.Layer) -> ChangeReport:
     """The way back: stock classes again, so that the model no longer needs Flatwater.
 
-    A layer that fuses an activation, or passes single values through, has no stock equal and is left;
-    ``BatchNorm`` keeps its activation, for Paddle's class of that name has one too.
+    A layer that fuses an activation has no stock equal and is left; ``BatchNorm`` keeps its activation, for
+    Paddle's class of that name has one too. Stock layers pass single values through, whatever was set here.
     """
     stock = {ours: theirs for theirs, ours in _CLASSES.items()}
     report = ChangeReport()
-    for path, layer in _layers(model):
+    for path, layer in layers_of(model):
         if type(layer) not in stock:
             continue
         if layer._act and stock[type(layer)] is not paddle.nn.BatchNorm:
@@ -71,9 +61,3 @@ def revert(model: paddle.nn.Layer) -> ChangeReport:
         layer.__class__ = stock[type(layer)]
         report.changed.append(path)
     return report
-
-
-def _layers(model: paddle.nn.Layer) -> list[tuple[str, paddle.nn.Layer]]:
-    if not isinstance(model, paddle.nn.Layer):
-        raise SurgeryError(f"a {type(model).__name__} has no layers to convert; give a paddle.nn.Layer")
-    return list(model.named_sublayers(include_self=True))

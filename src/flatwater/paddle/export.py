@@ -18,6 +18,7 @@ from flatwater.paddle.conversion import convert_to_onnx, count_batch_norms, requ
 from flatwater.paddle.examples import batch_sizes_of, check_input_spec, make_examples
 from flatwater.paddle.fold import fold as fold_norms
 from flatwater.paddle.forms import ModelFiles, forms_of, live_form
+from flatwater.paddle.kinds import BATCH_NORMS
 from flatwater.paddle.localize import first_divergence, probing
 from flatwater.paddle.running import Inputs, as_inputs, evaluating, layers_of, parameter_dtype
 from flatwater.paddle.verify import verify
@@ -210,7 +211,7 @@ class _Job:
         """
         layers = dict(layers_of(self.model))
         innermost = {path for path, layer in layers.items() if not layer._sub_layers}
-        norms = {path for path in innermost if hasattr(layers[path], "_variance")}
+        norms = {path for path in innermost if isinstance(layers[path], BATCH_NORMS)}
         for paths in (innermost, norms):
             try:
                 found = self._probe(row, paths)

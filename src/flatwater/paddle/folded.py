@@ -7,8 +7,8 @@ from collections.abc import Callable
 import paddle
 import paddle.nn.functional as F
 
-from flatwater.errors import InputError
 from flatwater.paddle.composite import activate
+from flatwater.paddle.norm import check_residual_shape
 from flatwater.spec import canonical_activation
 
 __all__ = ["FoldedNorm"]
@@ -51,7 +51,7 @@ class FoldedNorm(paddle.nn.Layer):
         Raises:
             InputError: the shapes differ.
         """
-        _check_shapes(x, residual)
+        check_residual_shape(lambda: "FoldedNorm", x, residual)
         z = x if residual is None else x + residual
         other = _OTHER_ACTIVATIONS.get(self._act or "")
         return activate(z, canonical_activation(self._act)) if other is None else other(z)
@@ -59,16 +59,3 @@ class FoldedNorm(paddle.nn.Layer):
     def extra_repr(self) -> str:
         """The activation, if there is one."""
         return f"act={self._act}" if self._act else ""
-
-
-@paddle.jit.not_to_static
-def _check_shapes(x: paddle.Tensor, residual: paddle.Tensor | None) -> None:
-    """In code that to_static rewrites, sizes are tensors; here they are numbers, -1 where not known yet."""
-    if residual is None:
-        return
-    sizes = list(zip(x.shape, residual.shape, strict=False))
-    if len(x.shape) != len(residual.shape) or any(one != two and -1 not in (one, two) for one, two in sizes):
-        raise InputError(
-            f"FoldedNorm got a residual of shape {list(residual.shape)} for an input of shape {list(x.shape)}; "
-            "they are added, so the shapes must be equal"
-        )

@@ -8,14 +8,13 @@ from typing import Any
 import paddle
 
 from flatwater.errors import SurgeryError
+from flatwater.paddle.kinds import BATCH_NORMS, SAMPLE_NORMS
 from flatwater.paddle.running import layers_of
 from flatwater.paddle.view import norm_values
 from flatwater.surgery import ChangeReport, check_statistics
 
 __all__ = ["freeze", "thaw"]
 
-_BATCH_NORMS = (paddle.nn.BatchNorm, paddle.nn.layer.norm._BatchNormBase)
-_OTHER_NORMS = (paddle.nn.GroupNorm, paddle.nn.layer.norm._InstanceNormBase, paddle.nn.LayerNorm)
 # On a frozen layer: what the settings were, for thaw.
 _MEMORY = "_flatwater_before_freeze"
 
@@ -83,9 +82,9 @@ def _matching(model: paddle.nn.Layer, pattern: str | None, report: ChangeReport)
     """The batch norms that ``pattern`` selects; other norms that it selects are noted as left."""
     layers = [(path, layer) for path, layer in layers_of(model) if pattern is None or fnmatchcase(path, pattern)]
     for path, layer in layers:
-        if isinstance(layer, _OTHER_NORMS):
+        if isinstance(layer, SAMPLE_NORMS):
             report.left[path] = f"{type(layer).__name__} has no running statistics"
-    matching = [(path, layer) for path, layer in layers if isinstance(layer, _BATCH_NORMS)]
+    matching = [(path, layer) for path, layer in layers if isinstance(layer, BATCH_NORMS)]
     if not matching:
         which = (
             "has no batch norm layer" if pattern is None else f"has no batch norm layer whose path matches {pattern!r}"

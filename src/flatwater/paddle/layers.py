@@ -27,9 +27,10 @@ import paddle.nn.functional as F
 
 from flatwater.errors import InputError, SingleValueError
 from flatwater.paddle.autograd import normalize, update_running
-from flatwater.paddle.backend import Backend, choose_backend, is_replay
+from flatwater.paddle.backend import Backend, is_replay
 from flatwater.paddle.calls import BatchNormCall, GroupNormCall
 from flatwater.paddle.composite import exportable_group_norm
+from flatwater.paddle.kinds import normalizes_by_batch
 from flatwater.paddle.norm import NormLayer
 from flatwater.spec import SingleValue
 
@@ -69,11 +70,6 @@ class _BatchNorm(NormLayer):
     def _channels(self) -> int:
         return int(self._mean.shape[0])
 
-    def _by_batch(self) -> bool:
-        """Whether a call now normalizes by its batch (and moves the moving statistics)."""
-        learning = self.training or bool(getattr(self, "_trainable_statistics", False))
-        return learning and not self._use_global_stats
-
     def forward(self, x: paddle.Tensor, residual: paddle.Tensor | None = None) -> paddle.Tensor:
         """``act(γ·x̂ + β + residual)``; in training the moving statistics follow the batch.
 
@@ -89,15 +85,12 @@ class _BatchNorm(NormLayer):
             SingleValueError: training with one value per channel, under ``single_value="error"``.
         """
         self._check(x, residual)
-        by_batch = self._by_batch()
+        by_batch = normalizes_by_batch(self, training=self.training)
         if by_batch and self._has_single_value(x):
             return self._finish(x, residual)
         if self._backend(x) == "paddle":
-            return self._finish(self._paddle_batch_norm(x), residual)
+            return self._finish(self._paddle_batch_norm(x, by_batch=by_batch), residual)
         return self._kernel_batch_norm(x, residual, by_batch=by_batch)
-
-    def _backend(self, x: paddle.Tensor) -> Backend:
-        return choose_backend(x, self._norm_tensors(), training=self.training)
 
     def _has_single_value(self, x: paddle.Tensor) -> bool:
         shape = list(x.shape)
@@ -128,8 +121,7 @@ class _BatchNorm(NormLayer):
             update_running(self._mean, self._variance, call, spec)
         return y
 
-    def _paddle_batch_norm(self, x: paddle.Tensor) -> paddle.Tensor:
-        by_batch = self._by_batch()
+    def _paddle_batch_norm(self, x: paddle.Tensor, *, by_batch: bool) -> paddle.Tensor:
         return F.batch_norm(
             x,
             self._mean,
@@ -160,37 +152,31 @@ class BatchNorm(_BatchNorm, paddle.nn.BatchNorm):
         self._extend(act, single_value)
 
 
-class BatchNorm1D(_BatchNorm, paddle.nn.BatchNorm1D):
+class _BatchNormOfRank(_BatchNorm):
+    def __init__(self, *args: Any, act: str | None = None, single_value: SingleValue = "error", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._extend(act, single_value)
+
+
+class BatchNorm1D(_BatchNormOfRank, paddle.nn.BatchNorm1D):
     __doc__ = f"""Batch norm for (N, C), (N, C, L) or (N, L, C); subclass of ``paddle.nn.BatchNorm1D``.
     {_BatchNorm.__doc__}"""
 
     _ranks = (2, 3)
 
-    def __init__(self, *args: Any, act: str | None = None, single_value: SingleValue = "error", **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._extend(act, single_value)
 
-
-class BatchNorm2D(_BatchNorm, paddle.nn.BatchNorm2D):
+class BatchNorm2D(_BatchNormOfRank, paddle.nn.BatchNorm2D):
     __doc__ = f"""Batch norm for (N, C, H, W) or (N, H, W, C); subclass of ``paddle.nn.BatchNorm2D``.
     {_BatchNorm.__doc__}"""
 
     _ranks = (4,)
 
-    def __init__(self, *args: Any, act: str | None = None, single_value: SingleValue = "error", **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._extend(act, single_value)
 
-
-class BatchNorm3D(_BatchNorm, paddle.nn.BatchNorm3D):
+class BatchNorm3D(_BatchNormOfRank, paddle.nn.BatchNorm3D):
     __doc__ = f"""Batch norm for (N, C, D, H, W) or (N, D, H, W, C); subclass of ``paddle.nn.BatchNorm3D``.
     {_BatchNorm.__doc__}"""
 
     _ranks = (5,)
-
-    def __init__(self, *args: Any, act: str | None = None, single_value: SingleValue = "error", **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._extend(act, single_value)
 
 
 class _SampleNorm(NormLayer):
@@ -227,9 +213,6 @@ class _SampleNorm(NormLayer):
             epsilon=spec.epsilon,
         )
         return normalize(x, *self._affine(), residual, call)
-
-    def _backend(self, x: paddle.Tensor) -> Backend:
-        return choose_backend(x, self._norm_tensors(), training=self.training)
 
 
 class GroupNorm(_SampleNorm, paddle.nn.GroupNorm):
@@ -281,6 +264,10 @@ class _InstanceNorm(_SampleNorm):
     ``train()`` and ``eval()``; ``momentum`` is taken for compatibility and not used, as in Paddle.
     """
 
+    def __init__(self, *args: Any, act: str | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._extend(act)
+
     def _affine(self) -> tuple[paddle.Tensor | None, paddle.Tensor | None]:
         return self.scale, self.bias
 
@@ -307,20 +294,12 @@ class InstanceNorm1D(_InstanceNorm, paddle.nn.InstanceNorm1D):
 
     _ranks = (2, 3)
 
-    def __init__(self, *args: Any, act: str | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._extend(act)
-
 
 class InstanceNorm2D(_InstanceNorm, paddle.nn.InstanceNorm2D):
     __doc__ = f"""Instance norm for (N, C, H, W); subclass of ``paddle.nn.InstanceNorm2D``.
     {_InstanceNorm.__doc__}"""
 
     _ranks = (4,)
-
-    def __init__(self, *args: Any, act: str | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._extend(act)
 
 
 class InstanceNorm3D(_InstanceNorm, paddle.nn.InstanceNorm3D):
@@ -329,10 +308,6 @@ class InstanceNorm3D(_InstanceNorm, paddle.nn.InstanceNorm3D):
 
     _ranks = (5,)
 
-    def __init__(self, *args: Any, act: str | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._extend(act)
-
 
 def backend_of(layer: paddle.nn.Layer, x: paddle.Tensor) -> Backend:
     """Which computes ``layer(x)`` now: ``"flatwater"``, the kernels, or ``"paddle"``, Paddle's operators.
@@ -340,7 +315,7 @@ def backend_of(layer: paddle.nn.Layer, x: paddle.Tensor) -> Backend:
     Raises:
         InputError: ``layer`` is not a norm layer of Flatwater's.
     """
-    if not isinstance(layer, (_BatchNorm, _SampleNorm)):
+    if not isinstance(layer, NormLayer):
         raise InputError(
             f"backend_of got a {type(layer).__name__}, which is not a norm layer of flatwater.paddle; "
             "give it one, or convert the model with fw.convert(model)"

@@ -60,6 +60,7 @@ from paddle import nn
 
 from flatwater.errors import CheckpointError, InputError
 from flatwater.files import write_whole
+from flatwater.paddle.kinds import BATCH_NORMS, INSTANCE_NORMS, normalizes_by_batch
 
 __all__ = ["NormMonitor"]
 
@@ -70,8 +71,6 @@ _VERSION = 1
 _QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 _RANGE = (0.001, 0.999)  # a single outlier must not squeeze the whole histogram into one bin
 
-_BATCH_NORMS = (nn.BatchNorm, nn.BatchNorm1D, nn.BatchNorm2D, nn.BatchNorm3D, nn.SyncBatchNorm)
-_INSTANCE_NORMS = (nn.InstanceNorm1D, nn.InstanceNorm2D, nn.InstanceNorm3D)
 _CHANNELS_LAST = ("NLC", "NHWC", "NDHWC")
 
 
@@ -160,7 +159,7 @@ class NormMonitor:
         view = _as_view(x, layer)
         keep = max(2, self._max_elements // view.shape[1])  # positions; each has a value per channel
         if observed.kind == "batch":
-            statistics = "batch" if _uses_batch_statistics(layer) else "running"
+            statistics = "batch" if normalizes_by_batch(layer, training=layer.training) else "running"
             before = _spaced_positions(view, keep)
             mean, variance = _running(layer) if statistics == "running" else (before.mean(axis=0), before.var(axis=0))
             after = _affine((before - mean) / np.sqrt(variance + layer._epsilon), layer)
@@ -248,22 +247,13 @@ class NormMonitor:
 
 def _identify(layer: nn.Layer) -> tuple[str, int] | None:
     """The kind of a norm layer and its number of channels; None for any other layer."""
-    if isinstance(layer, _BATCH_NORMS):
+    if isinstance(layer, BATCH_NORMS):
         return "batch", int(layer._mean.shape[0])
     if isinstance(layer, nn.GroupNorm):
         return "group", int(layer._num_channels)
-    if isinstance(layer, _INSTANCE_NORMS):
+    if isinstance(layer, INSTANCE_NORMS):
         return "instance", int(layer._num_features)
     return None
-
-
-def _uses_batch_statistics(layer: nn.Layer) -> bool:
-    """Paddle's rule, which differs between ``nn.BatchNorm`` and the others where use_global_stats=False."""
-    if isinstance(layer, nn.BatchNorm):
-        return not layer._use_global_stats and (layer.training or layer._trainable_statistics)
-    if layer._use_global_stats is None:
-        return bool(layer.training)
-    return not layer._use_global_stats
 
 
 def _as_view(x: paddle.Tensor, layer: nn.Layer) -> npt.NDArray[Any]:
@@ -296,7 +286,7 @@ def _running(layer: nn.Layer) -> tuple[Array, Array]:
 
 def _affine(normalized: Array, layer: nn.Layer) -> Array:
     """γ·x̂ + β over the last axis; Paddle's instance norm calls γ ``scale``."""
-    weight = layer.scale if isinstance(layer, _INSTANCE_NORMS) else layer.weight
+    weight = layer.scale if isinstance(layer, INSTANCE_NORMS) else layer.weight
     if weight is not None:
         normalized = normalized * weight.numpy().astype(np.float64)
     if layer.bias is not None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import paddle
 
 from flatwater.errors import InputError
+from flatwater.paddle.backend import Backend, choose_backend
 from flatwater.paddle.composite import activate
 from flatwater.spec import NormSpec, SingleValue, canonical_activation
 
-__all__ = ["NormLayer"]
+__all__ = ["NormLayer", "check_residual_shape"]
 
 _FLOATS = ("float32", "float64", "bfloat16", "float16")
 
@@ -75,14 +78,7 @@ class NormLayer(paddle.nn.Layer):
                 f"{self._label()} has {self._channels()} channels but its input of shape {list(x.shape)} "
                 f"has {channels} ({self._format()}); give the layer the channel count of what it reads"
             )
-        if residual is not None and (
-            len(residual.shape) != rank
-            or any(one != two and -1 not in (one, two) for one, two in zip(residual.shape, x.shape, strict=True))
-        ):
-            raise InputError(
-                f"{self._label()} got a residual of shape {list(residual.shape)} for an input of shape "
-                f"{list(x.shape)}; they are added, so the shapes must be equal"
-            )
+        check_residual_shape(self._label, x, residual)
         if residual is not None and residual.dtype != x.dtype:
             raise InputError(f"{self._label()} got a {residual.dtype} residual for {x.dtype} input; cast one of them")
         for parameter in self._norm_tensors():
@@ -91,6 +87,9 @@ class NormLayer(paddle.nn.Layer):
                     f"{self._label()} has {parameter.dtype} parameters but got {dtype} input; "
                     f"cast the input, or the layer with layer.to(dtype={dtype!r})"
                 )
+
+    def _backend(self, x: paddle.Tensor) -> Backend:
+        return choose_backend(x, self._norm_tensors(), training=self.training)
 
     def _finish(self, z: paddle.Tensor, residual: paddle.Tensor | None) -> paddle.Tensor:
         return activate(z if residual is None else z + residual, canonical_activation(self._act))
@@ -101,3 +100,19 @@ class NormLayer(paddle.nn.Layer):
         parts += [f"act={self._act}"] if self._act else []
         parts += [f"single_value={self._single_value}"] if self._single_value != "error" else []
         return ", ".join(part for part in parts if part)
+
+
+@paddle.jit.not_to_static
+def check_residual_shape(label: Callable[[], str], x: paddle.Tensor, residual: paddle.Tensor | None) -> None:
+    """Raise InputError unless the residual has x's shape.
+
+    In code that to_static rewrites, sizes are tensors; here they are numbers, -1 where not known yet.
+    """
+    if residual is None:
+        return
+    sizes = zip(x.shape, residual.shape, strict=False)
+    if len(x.shape) != len(residual.shape) or any(one != two and -1 not in (one, two) for one, two in sizes):
+        raise InputError(
+            f"{label()} got a residual of shape {list(residual.shape)} for an input of shape "
+            f"{list(x.shape)}; they are added, so the shapes must be equal"
+        )

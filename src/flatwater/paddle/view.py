@@ -13,6 +13,7 @@ import paddle
 from flatwater.errors import SurgeryError
 from flatwater.paddle import layers
 from flatwater.paddle.folded import FoldedNorm
+from flatwater.paddle.kinds import BATCH_NORMS, SAMPLE_NORMS, normalizes_by_batch
 from flatwater.paddle.running import Inputs, SyncBatchNormOnCPU, layers_of, run, to_numpy
 from flatwater.surgery import Call, FoldedPair, LinearValues, Movement, NormValues, Trace, WeightLayout
 from flatwater.verify import difference, one_line
@@ -21,8 +22,6 @@ __all__ = ["Observation", "PaddleView", "norm_values"]
 
 _Array: TypeAlias = npt.NDArray[np.float64]
 
-_BATCH_NORMS = (paddle.nn.BatchNorm, paddle.nn.layer.norm._BatchNormBase)
-_PER_SAMPLE_NORMS = (paddle.nn.GroupNorm, paddle.nn.layer.norm._InstanceNormBase, paddle.nn.LayerNorm)
 _LAYOUTS: dict[Any, WeightLayout] = {
     paddle.nn.Conv1D: "output-first",
     paddle.nn.Conv2D: "output-first",
@@ -70,7 +69,7 @@ class PaddleView:
             path: layer for path, layer in self.layers.items() if isinstance(layer, _LINEARS)
         }
         self.norms: dict[str, Any] = {
-            path: layer for path, layer in self.layers.items() if isinstance(layer, (*_BATCH_NORMS, *_PER_SAMPLE_NORMS))
+            path: layer for path, layer in self.layers.items() if isinstance(layer, (*BATCH_NORMS, *SAMPLE_NORMS))
         }
         for path, layer in self.layers.items():
             if isinstance(vars(layer).get("forward"), paddle.jit.dy2static.program_translator.StaticFunction):
@@ -231,26 +230,17 @@ def norm_values(layer: Any) -> NormValues:
 
 def _norm_obstacle(layer: Any) -> str | None:
     kind = type(layer).__name__
-    if isinstance(layer, _PER_SAMPLE_NORMS):
+    if isinstance(layer, SAMPLE_NORMS):
         return f"{kind} normalizes each sample by itself; nothing of it is constant"
     if type(layer).forward not in _NORM_FORWARDS or "forward" in vars(layer):
         return f"{kind} has a forward of its own"
-    if _uses_batch_in_eval(layer):
+    if normalizes_by_batch(layer, training=False):
         return "it normalizes by the batch in eval() too (use_global_stats=False); set it to None first"
     try:
         FoldedNorm(getattr(layer, "_act", None))
     except ValueError:
         return f"its activation {layer._act!r} is not one that FoldedNorm knows"
     return None
-
-
-def _uses_batch_in_eval(layer: Any) -> bool:
-    """Paddle's rules, which differ from class to class."""
-    if isinstance(layer, paddle.nn.BatchNorm):
-        return bool(layer._trainable_statistics) and not layer._use_global_stats
-    if isinstance(layer, paddle.nn.SyncBatchNorm | layers.BatchNorm1D | layers.BatchNorm2D | layers.BatchNorm3D):
-        return False
-    return layer._use_global_stats is False
 
 
 def _channel_axis(layer: paddle.nn.Layer, rank: int) -> int:

@@ -85,6 +85,7 @@ class DataSource:
         self._test_labelled = (
             None if self._data.test_labels is None else read_label_list(self._data.test_labels, self.alphabet)
         )
+        self._rendered_tests: dict[bool, list[Sample]] = {}  # by unseen_font; training and the job both ask
         self._unseen_fonts = []
         if self._test_labelled is None:
             path = self._data.unseen_font or font_files.unseen_font()
@@ -114,6 +115,11 @@ class DataSource:
             if unseen_font:
                 raise DataError("data.test_labels replaces rendered test lines, so none can show an unseen font")
             return self._test_labelled
+        if unseen_font not in self._rendered_tests:
+            self._rendered_tests[unseen_font] = self._render_test_set(unseen_font)
+        return self._rendered_tests[unseen_font]
+
+    def _render_test_set(self, unseen_font: bool) -> list[Sample]:
         data = self._data
         texts = self.corpus.test_lines(data.test_lines, data.max_length, self._config.seed)
         fonts = self._unseen_fonts if unseen_font else self._fonts
@@ -130,11 +136,9 @@ class DataSource:
         count = max(2, self._config.train.batch_characters // longest)
         texts = [self.corpus.training_line(generator, longest) for _ in range(count)]
         lines = render(texts, self._drawn, self._fonts, self._data.sizes, generator, WIDTH_MULTIPLE)
-        images = np.zeros((count, 1, *lines.pixels.shape[1:]), np.float32)
-        for image, pixels, width in zip(images, lines.pixels, lines.widths, strict=True):
-            image[0, :, :width] = normalize(pixels[:, :width])
+        images = [normalize(pixels[:, :width])[None] for pixels, width in zip(lines.pixels, lines.widths, strict=True)]
         encoded = [self.alphabet.encode(text) for text in texts]
-        return _batch(images, lines.widths, encoded, _align(lines, encoded))
+        return _batch(pad(images, WIDTH_MULTIPLE), lines.widths, encoded, _align(lines, encoded))
 
     def _labelled_batch(self, generator: np.random.Generator) -> Batch:
         count = min(len(self._labelled), max(2, self._config.train.batch_characters // self._data.max_length))

@@ -33,7 +33,8 @@ from flatwater.recipes.ocr.evaluate import Evaluation, evaluate
 from flatwater.recipes.ocr.model import Recognizer
 from flatwater.recipes.ocr.preprocess import HEIGHT, pad
 from flatwater.recipes.ocr.read import Reader, write_meta
-from flatwater.recipes.ocr.train import CHECKPOINT, StepHook, train
+from flatwater.recipes.ocr.train import CHECKPOINT, train
+from flatwater.verify import VerifyReport
 
 __all__ = ["run"]
 
@@ -81,7 +82,8 @@ def run(path: Path | None, overrides: Sequence[str], folder: Path, *, resume: bo
     clock = _Clock(console)
     with clock.phase("training"):
         monitor = _Monitor(folder / "norms.json", every=config.train.monitor_every, resume=resume)
-        trained = train(config, folder, data, resume=resume, console=console, on_step=monitor.watch)
+        watch = None if config.norm.kind == "none" else monitor.watch
+        trained = train(config, folder, data, resume=resume, console=console, on_step=watch)
         monitor.save()
         results.save(folder / "history.json", trained.history)
     if not trained.completed:
@@ -95,7 +97,7 @@ def run(path: Path | None, overrides: Sequence[str], folder: Path, *, resume: bo
         seen = evaluate(trained.model, seen_samples, data.alphabet)
         unseen = evaluate(trained.model, unseen_samples, data.alphabet) if unseen_samples else None
     with clock.phase("fold, export, verify"):
-        _export(trained.model, folder, seen_samples, data.alphabet.characters)
+        console.print(_export(trained.model, folder, seen_samples, data.alphabet.characters))
     with clock.phase("reading samples"):
         _read(folder, seen_samples, unseen_samples)
     _save_metrics(folder, seen, unseen, clock.seconds)
@@ -127,24 +129,17 @@ class _Monitor:
         self._every = every
         self._resume = resume
         self._monitor: NormMonitor | None = None
-        self._has_norms = True
 
-    @property
-    def watch(self) -> StepHook:
+    def watch(self, step: int, model: Recognizer) -> contextlib.AbstractContextManager[None]:
         """What training runs each forward pass in."""
-        return self._watch
-
-    def _watch(self, step: int, model: Recognizer) -> contextlib.AbstractContextManager[None]:
-        if self._monitor is None and self._has_norms:
-            self._has_norms = any(hasattr(layer, "_epsilon") for layer in model.sublayers())
-            if self._has_norms:
-                self._monitor = NormMonitor(model, every=self._every)
-                if self._resume and self._path.is_file():
-                    self._monitor.load(self._path, before=step)
-        return contextlib.nullcontext() if self._monitor is None else self._monitor.sampling(step)
+        if self._monitor is None:
+            self._monitor = NormMonitor(model, every=self._every)
+            if self._resume and self._path.is_file():
+                self._monitor.load(self._path, before=step)
+        return self._monitor.sampling(step)
 
     def save(self) -> None:
-        """Write the record, if there was anything to watch."""
+        """Write the record, if a step was taken."""
         if self._monitor is not None:
             self._monitor.save(self._path)
 
@@ -163,7 +158,7 @@ def _clear(folder: Path) -> None:
         shutil.rmtree(folder / name, ignore_errors=True)
 
 
-def _export(model: Recognizer, folder: Path, samples: Sequence[Sample], alphabet: str) -> None:
+def _export(model: Recognizer, folder: Path, samples: Sequence[Sample], alphabet: str) -> VerifyReport:
     """Write the folded model in both formats; nothing of it where one of them does not compute what the model does."""
     lines = pad([sample.image() for sample in samples[:_EXAMPLE_LINES]], WIDTH_MULTIPLE)
     (folder / MODEL).parent.mkdir(exist_ok=True)
@@ -177,7 +172,7 @@ def _export(model: Recognizer, folder: Path, samples: Sequence[Sample], alphabet
     if exported.fold is not None:
         results.save(folder / "fold.json", results.Fold.model_validate(exported.fold.as_dict()))
     results.save(folder / "verification.json", results.Verification.model_validate(exported.verification.as_dict()))
-    Console().print(exported.verification)
+    return exported.verification
 
 
 def _read(folder: Path, seen: Sequence[Sample], unseen: Sequence[Sample]) -> None:

@@ -1,0 +1,37 @@
+"""Which layers are norm layers, and by what each of them normalizes: said once, for stock layers and ours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import paddle
+from paddle import nn
+from paddle.nn.layer.norm import _BatchNormBase, _InstanceNormBase
+
+from flatwater.paddle.norm import NormLayer
+
+__all__ = ["BATCH_NORMS", "INSTANCE_NORMS", "SAMPLE_NORMS", "normalizes_by_batch"]
+
+BATCH_NORMS = (nn.BatchNorm, _BatchNormBase)
+"""Statistics over the batch, kept as moving ones; ``nn.BatchNorm`` is not a ``_BatchNormBase``."""
+
+INSTANCE_NORMS = (_InstanceNormBase,)
+
+SAMPLE_NORMS = (nn.GroupNorm, *INSTANCE_NORMS, nn.LayerNorm)
+"""Statistics of each sample by itself; nothing is kept."""
+
+
+@paddle.jit.not_to_static
+def normalizes_by_batch(layer: Any, *, training: bool) -> bool:
+    """Whether a batch norm takes the batch's statistics in this mode, and moves its own.
+
+    ``use_global_stats=False`` means the same as None to ``nn.BatchNorm`` and to every layer of ours, but "in
+    ``eval()`` too" to Paddle's ``BatchNorm1D/2D/3D``; its SyncBatchNorm does not look at the setting at all.
+    """
+    if isinstance(layer, nn.BatchNorm):
+        return (training or bool(layer._trainable_statistics)) and not layer._use_global_stats
+    if isinstance(layer, nn.SyncBatchNorm):
+        return training
+    if isinstance(layer, NormLayer) or layer._use_global_stats is None:
+        return training and not layer._use_global_stats
+    return not layer._use_global_stats
