@@ -247,7 +247,8 @@ def _summarise(
     table = Table("test set", "lines", "characters right", "lines right", title="held-out words")
     for name, result in (("fonts of training", seen), ("unseen font", unseen)):
         if result is not None:
-            table.add_row(name, str(result.lines), f"{result.char_accuracy:.2%}", f"{result.line_accuracy:.2%}")
+            shares = (report.percent(result.char_accuracy), report.percent(result.line_accuracy))
+            table.add_row(name, str(result.lines), *shares)
     console.print(table)
     console.print(
         f"{seen.distinct_characters} distinct characters tested; {sum(seconds.values()):.0f} s in all\n"

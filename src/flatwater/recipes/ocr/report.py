@@ -33,7 +33,7 @@ from flatwater.recipes.ocr.results import (
     load,
 )
 
-__all__ = ["Span", "compare", "write"]
+__all__ = ["Span", "compare", "percent", "write"]
 
 _T = TypeVar("_T")
 
@@ -88,7 +88,7 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "percent": _percent,
+        "percent": percent,
         "number": _number,
         "count": lambda value: "–" if value is None else f"{value:,}",
         "duration": _duration,
@@ -217,7 +217,7 @@ def _data_uri(folder: Path, name: str) -> str | None:
     return "data:image/png;base64," + base64.b64encode(image.read_bytes()).decode("ascii")
 
 
-def _percent(share: float | None) -> str:
+def percent(share: float | None) -> str:
     """Rounded down, so that 100% means all of them."""
     return "–" if share is None else f"{int(share * 10_000 + 1e-6) / 100:.2f}%"
 
