@@ -1,100 +1,22 @@
 // Batch norm: statistics per channel, over the samples and the inner dimension.
 #pragma once
 
-#include "layout.h"
+#include "columns.h"
+#include "team.h"
 
 namespace flatwater::FLATWATER_ISA {
 
 // Whole channels as tasks keep a channel's slab in cache between the two halves. Too few of them
-// to go round, and the tasks are planes instead; the results are the same bits.
+// to go round, and the tasks are blocks instead; the results are the same bits.
 inline bool channels_go_round(const Problem &p) { return p.shape.channels >= 4 * threads() || threads() == 1; }
 
 template <class S>
 struct Batch {
     using T = typename Element<S>::Compute;
 
-    static index plane(const Problem &p, index n, index c) { return (n * p.shape.channels + c) * p.shape.inner; }
-
     static void set_moments(const Problem &p, index c, const Moments &moments) {
         p.mean[c] = moments.mean;
         p.m2[c] = moments.m2;
-    }
-
-    // ---- planes as segments -------------------------------------------------------------------
-
-    static Moments plane_moments(const Problem &p, index n, index c) {
-        return segment_moments(At<S>(p, plane(p, n, c)).x, p.shape.inner);
-    }
-
-    FLATWATER_ONE_COPY
-    static void add_plane(Moments &channel, const Moments &plane) { channel.add(plane); }
-
-    static void segment_statistics(const Problem &p) {
-        const index samples = p.shape.outer, channels = p.shape.channels;
-        Scratch<Moments> planes(samples * channels);
-        parallel_for(samples * channels, p.shape.elements(),
-                     [&](index i) { planes[i] = plane_moments(p, i / channels, i % channels); });
-        for (index c = 0; c < channels; ++c) {
-            Moments all;
-            for (index n = 0; n < samples; ++n) add_plane(all, planes[n * channels + c]);
-            set_moments(p, c, all);
-        }
-    }
-
-    template <Activation A>
-    static void plane_apply(const Problem &p, index n, index c, const Affine<T> &f) {
-        const At<S> at(p, plane(p, n, c));
-        if (is_large<S>(p))
-            segment_apply<S, A, true>(at.x, at.residual, at.y, p.shape.inner, f);
-        else
-            segment_apply<S, A, false>(at.x, at.residual, at.y, p.shape.inner, f);
-    }
-
-    template <Activation A>
-    static void plane_gradient(const Problem &p, index n, index c, const Affine<T> &f, const Gradient<T> &g) {
-        const At<S> at(p, plane(p, n, c));
-        if (is_large<S>(p))
-            segment_gradient<S, A, true>(at.dy, at.x, at.residual, at.dx, at.dresidual, p.shape.inner, f, g);
-        else
-            segment_gradient<S, A, false>(at.dy, at.x, at.residual, at.dx, at.dresidual, p.shape.inner, f, g);
-    }
-
-    template <Activation A>
-    static void segment_normalize(const Problem &p) {
-        const index channels = p.shape.channels;
-        parallel_for(p.shape.outer * channels, p.shape.elements(), [&](index i) {
-            plane_apply<A>(p, i / channels, i % channels, Affine<T>(channel_of(p, i % channels, i % channels)));
-            finish_streaming();
-        });
-    }
-
-    template <Activation A>
-    static void segment_forward(const Problem &p) {
-        const index samples = p.shape.outer;
-        parallel_for(p.shape.channels, p.shape.elements(), [&](index c) {
-            Moments all;
-            for (index n = 0; n < samples; ++n) add_plane(all, plane_moments(p, n, c));
-            set_moments(p, c, all);
-            p.inv_std[c] = inverse_deviation(all.m2, all.count, p.epsilon);
-            const Affine<T> f(channel_of(p, c, c));
-            for (index n = samples - 1; n >= 0; --n) plane_apply<A>(p, n, c, f);
-            finish_streaming();
-        });
-    }
-
-    template <Activation A>
-    static GradientSums plane_sums(const Problem &p, index n, index c) {
-        const At<S> at(p, plane(p, n, c));
-        return segment_sums<S, A>(at.dy, at.x, at.residual, p.shape.inner, channel_of(p, c, c));
-    }
-
-    template <Activation A>
-    static void segment_gradient_sums(const Problem &p) {
-        const index samples = p.shape.outer, channels = p.shape.channels;
-        Scratch<GradientSums> planes(samples * channels);
-        parallel_for(samples * channels, p.shape.elements(),
-                     [&](index i) { planes[i] = plane_sums<A>(p, i / channels, i % channels); });
-        sum_over_samples(p, planes.get());
     }
 
     static Gradient<T> gradient_of(const Problem &p, index c) {
@@ -104,129 +26,205 @@ struct Batch {
         return {channel, p.sum_dz[c] * share, p.sum_dz_xhat[c] * share};
     }
 
+    // ---- planes as pieces ---------------------------------------------------------------------
+
+    static Pieces planes(const Problem &p, index c) {
+        return {c * p.shape.inner, p.shape.outer, p.shape.inner, p.shape.channels * p.shape.inner};
+    }
+
+    // From a channel to one that its thread works on later, so that its planes can be on their way.
+    static index later_channel(const Problem &p, index c) {
+        const index ahead = 1 + bytes_ahead / (p.shape.outer * p.shape.inner * index(sizeof(S)));
+        return c + ahead < p.shape.channels ? ahead * p.shape.inner : 0;
+    }
+
+    FLATWATER_ONE_COPY
+    static void add(Moments &channel, const Moments &block) { channel.add(block); }
+
+    static void piece_statistics(const Problem &p) {
+        const index channels = p.shape.channels, blocks = Blocks<S>(planes(p, 0)).size();
+        Scratch<Moments> found(channels * blocks);
+        parallel_for(channels * blocks, p.shape.elements(), [&](index i) {
+            found[i] = block_moments(At<S>(p, 0).x, Blocks<S>(planes(p, i / blocks))[i % blocks]);
+        });
+        for (index c = 0; c < channels; ++c) {
+            Moments all;
+            for (index b = 0; b < blocks; ++b) add(all, found[c * blocks + b]);
+            set_moments(p, c, all);
+        }
+    }
+
     template <Activation A>
-    static void segment_input_gradient(const Problem &p) {
-        const index channels = p.shape.channels;
-        parallel_for(p.shape.outer * channels, p.shape.elements(), [&](index i) {
-            const index c = i % channels;
-            plane_gradient<A>(p, i / channels, c, Affine<T>(channel_of(p, c, c)), gradient_of(p, c));
+    static void piece_normalize(const Problem &p) {
+        const index blocks = Blocks<S>(planes(p, 0)).size();
+        parallel_for(p.shape.channels * blocks, p.shape.elements(), [&](index i) {
+            const index c = i / blocks;
+            pieces_apply<S, A>(At<S>(p, 0), Blocks<S>(planes(p, c))[i % blocks], Affine<T>(channel_of(p, c, c)),
+                               is_large<S>(p), 0);
             finish_streaming();
         });
     }
 
     template <Activation A>
-    static void segment_backward(const Problem &p) {
-        const index samples = p.shape.outer;
+    static void piece_forward(const Problem &p) {
         parallel_for(p.shape.channels, p.shape.elements(), [&](index c) {
-            p.sum_dz[c] = p.sum_dz_xhat[c] = 0;
-            for (index n = 0; n < samples; ++n) {
-                const GradientSums sums = plane_sums<A>(p, n, c);
-                p.sum_dz[c] += sums.dz;
-                p.sum_dz_xhat[c] += sums.dz_xhat;
-            }
-            const Affine<T> f(channel_of(p, c, c));
-            const Gradient<T> g = gradient_of(p, c);
-            for (index n = samples - 1; n >= 0; --n) plane_gradient<A>(p, n, c, f, g);
+            const At<S> at(p, 0);
+            const Blocks<S> blocks(planes(p, c));
+            Moments all;
+            for (index b = 0; b < blocks.size(); ++b) add(all, block_moments(at.x, blocks[b]));
+            set_moments(p, c, all);
+            p.inv_std[c] = inverse_deviation(all.m2, all.count, p.epsilon);
+            pieces_apply<S, A>(at, planes(p, c), Affine<T>(channel_of(p, c, c)), is_large<S>(p), later_channel(p, c));
+            finish_streaming();
+        });
+    }
+
+    static void set_sums(const Problem &p, index c, const GradientSums &shifted) {
+        const GradientSums sums = GradientSums::from_shifted<T>(shifted, channel_of(p, c, c));
+        p.sum_dz[c] = sums.dz;
+        p.sum_dz_xhat[c] = sums.dz_xhat;
+    }
+
+    template <Activation A>
+    static void piece_gradient_sums(const Problem &p) {
+        const index channels = p.shape.channels, blocks = Blocks<S>(planes(p, 0)).size();
+        Scratch<GradientSums> found(channels * blocks);
+        parallel_for(channels * blocks, p.shape.elements(), [&](index i) {
+            const index c = i / blocks;
+            found[i] = block_sums<S, A>(At<S>(p, 0), Blocks<S>(planes(p, c))[i % blocks], channel_of(p, c, c));
+        });
+        for (index c = 0; c < channels; ++c) {
+            GradientSums all;
+            for (index b = 0; b < blocks; ++b) all.add(found[c * blocks + b]);
+            set_sums(p, c, all);
+        }
+    }
+
+    template <Activation A>
+    static void piece_input_gradient(const Problem &p) {
+        const index blocks = Blocks<S>(planes(p, 0)).size();
+        parallel_for(p.shape.channels * blocks, p.shape.elements(), [&](index i) {
+            const index c = i / blocks;
+            pieces_gradient<S, A>(At<S>(p, 0), Blocks<S>(planes(p, c))[i % blocks], Affine<T>(channel_of(p, c, c)),
+                                  gradient_of(p, c), is_large<S>(p), 0);
+            finish_streaming();
+        });
+    }
+
+    template <Activation A>
+    static void piece_backward(const Problem &p) {
+        parallel_for(p.shape.channels, p.shape.elements(), [&](index c) {
+            const At<S> at(p, 0);
+            const Blocks<S> blocks(planes(p, c));
+            const Channel channel = channel_of(p, c, c);
+            GradientSums all;
+            for (index b = 0; b < blocks.size(); ++b) all.add(block_sums<S, A>(at, blocks[b], channel));
+            set_sums(p, c, all);
+            pieces_gradient<S, A>(at, planes(p, c), Affine<T>(channel), gradient_of(p, c), is_large<S>(p),
+                                  later_channel(p, c));
             finish_streaming();
         });
     }
 
     // ---- rows of columns ----------------------------------------------------------------------
 
+    static Block block_of(const RowLayout &layout, const Tile &tile) {
+        return {tile.rows, tile.columns, layout.columns, tile.column};
+    }
+
     static void row_statistics(const Problem &p) {
-        const RowLayout layout(p.shape);
-        const index columns = layout.columns();
-        Scratch<double> mean(layout.chunks * columns), m2(layout.chunks * columns);
+        const RowLayout layout = RowLayout::of<S>(p.shape);
+        Scratch<double> mean(layout.chunks * layout.columns), m2(layout.chunks * layout.columns);
         parallel_for(layout.tasks(), p.shape.elements(), [&](index task) {
             const Tile tile(layout, task);
-            const index to = tile.chunk * columns + tile.c0 * layout.inner;
-            column_moments(At<S>(p, tile.offset).x, tile.rows, columns, tile.columns, &mean[to], &m2[to]);
+            const index to = tile.chunk * layout.columns + tile.column;
+            column_moments(At<S>(p, tile.offset).x, block_of(layout, tile), &mean[to], &m2[to]);
         });
-        parallel_for(layout.channels, p.shape.elements(), [&](index c) {
+        for (index c = 0; c < layout.channels; ++c) {
+            const ChannelColumns columns = layout.columns_of(c);
             Moments all;
             for (index chunk = 0; chunk < layout.chunks; ++chunk) {
-                const index rest = layout.rows - chunk * layout.chunk_rows;
-                const index rows = rest < layout.chunk_rows ? rest : layout.chunk_rows;
-                const index first = chunk * columns + c * layout.inner;
-                all.add(Moments::of_equal_sets(&mean[first], &m2[first], layout.inner, rows));
+                const index first = chunk * layout.columns + columns.first;
+                all.add(Moments::of_equal_sets(&mean[first], &m2[first], columns.count, columns.step,
+                                               layout.rows_of(chunk)));
             }
             set_moments(p, c, all);
-        });
+        }
     }
 
-    static void set_affine(const Problem &p, const RowLayout &layout, const Tile &tile, Columns<T> &columns) {
-        for (index c = tile.c0; c < tile.c1; ++c)
-            columns.set((c - tile.c0) * layout.inner, (c - tile.c0 + 1) * layout.inner,
-                        Affine<T>(channel_of(p, c, c)));
-    }
-
-    // Calls body(tile, its pointers, its columns), a task for each tile.
-    template <class Body>
-    static void each_tile(const Problem &p, const RowLayout &layout, const Body &body) {
-        parallel_for(layout.tasks(), p.shape.elements(), [&](index task) {
-            const Tile tile(layout, task);
-            Columns<T> columns;
-            set_affine(p, layout, tile, columns);
-            body(tile, At<S>(p, tile.offset), columns);
-        });
+    // What normalization needs of every column; the gradient too, once its sums are known.
+    static void set_columns(const Problem &p, const RowLayout &layout, bool gradient, Columns<T> &columns) {
+        for (index c = 0; c < layout.channels; ++c) {
+            const Channel channel = channel_of(p, c, c);
+            const Affine<T> f(channel);
+            const ChannelColumns each = layout.columns_of(c);
+            for (index i = 0; i < each.count; ++i) columns.set(each.first + i * each.step, f);
+            for (index i = 0; i < each.count; ++i) columns.set(each.first + i * each.step, channel.inv_std);
+            if (!gradient) continue;
+            const Gradient<T> g = gradient_of(p, c);
+            for (index i = 0; i < each.count; ++i) columns.set(each.first + i * each.step, g);
+        }
     }
 
     template <Activation A>
     static void row_normalize(const Problem &p) {
-        const RowLayout layout(p.shape);
-        each_tile(p, layout, [&](const Tile &tile, const At<S> &at, const Columns<T> &columns) {
-            columns_apply<S, A>(at.x, at.residual, at.y, tile.rows, layout.columns(), tile.columns, columns);
+        const RowLayout layout = RowLayout::of<S>(p.shape);
+        Columns<T> columns(layout.columns);
+        set_columns(p, layout, false, columns);
+        parallel_for_backwards(layout.tasks(), p.shape.elements(), [&](index task) {
+            const Tile tile(layout, task);
+            columns_apply<S, A>(At<S>(p, tile.offset), block_of(layout, tile), columns, is_large<S>(p));
+            finish_streaming();
         });
     }
 
     template <Activation A>
     static void row_gradient_sums(const Problem &p) {
-        const RowLayout layout(p.shape);
-        const index width = layout.columns();
-        Scratch<double> dz(layout.chunks * width), shifted(layout.chunks * width);
-        each_tile(p, layout, [&](const Tile &tile, const At<S> &at, const Columns<T> &columns) {
-            const index to = tile.chunk * width + tile.c0 * layout.inner;
-            columns_sums<S, A>(at.dy, at.x, at.residual, tile.rows, width, tile.columns, columns, &dz[to],
-                               &shifted[to]);
+        const RowLayout layout = RowLayout::of<S>(p.shape);
+        Columns<T> columns(layout.columns);
+        set_columns(p, layout, false, columns);
+        Scratch<double> dz(layout.chunks * layout.columns), dz_xhat(layout.chunks * layout.columns);
+        parallel_for(layout.tasks(), p.shape.elements(), [&](index task) {
+            const Tile tile(layout, task);
+            const index to = tile.chunk * layout.columns + tile.column;
+            columns_sums<S, A>(At<S>(p, tile.offset), block_of(layout, tile), columns, &dz[to], &dz_xhat[to]);
         });
-        parallel_for(layout.channels, p.shape.elements(), [&](index c) {
-            double dz_sum = 0, shifted_sum = 0;
+        for (index c = 0; c < layout.channels; ++c) {
+            const ChannelColumns each = layout.columns_of(c);
+            GradientSums all;
             for (index chunk = 0; chunk < layout.chunks; ++chunk)
-                for (index i = chunk * width + c * layout.inner, end = i + layout.inner; i < end; ++i) {
-                    dz_sum += dz[i];
-                    shifted_sum += shifted[i];
+                for (index i = 0; i < each.count; ++i) {
+                    const index at = chunk * layout.columns + each.first + i * each.step;
+                    all.add({dz[at], dz_xhat[at]});
                 }
-            const GradientSums sums = GradientSums::from_shifted<T>(dz_sum, shifted_sum, channel_of(p, c, c));
-            p.sum_dz[c] = sums.dz;
-            p.sum_dz_xhat[c] = sums.dz_xhat;
-        });
+            set_sums(p, c, all);
+        }
     }
 
     template <Activation A>
     static void row_input_gradient(const Problem &p) {
-        const RowLayout layout(p.shape);
-        each_tile(p, layout, [&](const Tile &tile, const At<S> &at, Columns<T> &columns) {
-            for (index c = tile.c0; c < tile.c1; ++c)
-                columns.set((c - tile.c0) * layout.inner, (c - tile.c0 + 1) * layout.inner, gradient_of(p, c));
-            columns_gradient<S, A>(at.dy, at.x, at.residual, at.dx, at.dresidual, tile.rows, layout.columns(),
-                                   tile.columns, columns);
+        const RowLayout layout = RowLayout::of<S>(p.shape);
+        Columns<T> columns(layout.columns);
+        set_columns(p, layout, true, columns);
+        parallel_for_backwards(layout.tasks(), p.shape.elements(), [&](index task) {
+            const Tile tile(layout, task);
+            columns_gradient<S, A>(At<S>(p, tile.offset), block_of(layout, tile), columns, is_large<S>(p));
+            finish_streaming();
         });
     }
 
     // ---- the calls ----------------------------------------------------------------------------
 
-    FLATWATER_ONE_COPY
-    static void statistics(const Problem &p) { as_segments(p.shape) ? segment_statistics(p) : row_statistics(p); }
+    static void statistics(const Problem &p) { as_pieces(p.shape) ? piece_statistics(p) : row_statistics(p); }
 
     template <Activation A>
-    FLATWATER_ONE_COPY
     static void normalize(const Problem &p) {
-        as_segments(p.shape) ? segment_normalize<A>(p) : row_normalize<A>(p);
+        as_pieces(p.shape) ? piece_normalize<A>(p) : row_normalize<A>(p);
     }
 
     template <Activation A>
     static void forward(const Problem &p) {
-        if (as_segments(p.shape) && channels_go_round(p)) return segment_forward<A>(p);
+        if (as_pieces(p.shape) && channels_go_round(p)) return piece_forward<A>(p);
         statistics(p);
         const index count = p.shape.outer * p.shape.inner;
         for (index c = 0; c < p.shape.channels; ++c) p.inv_std[c] = inverse_deviation(p.m2[c], count, p.epsilon);
@@ -234,21 +232,19 @@ struct Batch {
     }
 
     template <Activation A>
-    FLATWATER_ONE_COPY
     static void gradient_sums(const Problem &p) {
-        as_segments(p.shape) ? segment_gradient_sums<A>(p) : row_gradient_sums<A>(p);
+        as_pieces(p.shape) ? piece_gradient_sums<A>(p) : row_gradient_sums<A>(p);
     }
 
     template <Activation A>
-    FLATWATER_ONE_COPY
     static void input_gradient(const Problem &p) {
-        as_segments(p.shape) ? segment_input_gradient<A>(p) : row_input_gradient<A>(p);
+        as_pieces(p.shape) ? piece_input_gradient<A>(p) : row_input_gradient<A>(p);
     }
 
     template <Activation A>
     static void backward(const Problem &p) {
         const bool elementwise = p.dx || p.dresidual;
-        if (elementwise && as_segments(p.shape) && channels_go_round(p)) return segment_backward<A>(p);
+        if (elementwise && as_pieces(p.shape) && channels_go_round(p)) return piece_backward<A>(p);
         gradient_sums<A>(p);
         if (elementwise) input_gradient<A>(p);
     }

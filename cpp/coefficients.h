@@ -25,31 +25,37 @@ struct Affine {
     static double rest(const Channel &channel) { return channel.mean - double(T(channel.mean)); }
 };
 
-// Σdz and Σdz·x̂ of one channel, from Σdz and Σdz·(x - shift).
+// Σdz and Σdz·x̂ of one channel. Loops over elements take (x - shift)·inv_std for x̂, which neither
+// overflows nor vanishes however far apart the values of a channel are; what is missing is put right here.
 struct GradientSums {
     double dz = 0, dz_xhat = 0;
 
+    void add(const GradientSums &other) {
+        dz += other.dz;
+        dz_xhat += other.dz_xhat;
+    }
+
     template <class T>
     FLATWATER_ONE_COPY
-    static GradientSums from_shifted(double dz, double dz_shifted, const Channel &channel) {
-        return {dz, channel.inv_std * (dz_shifted - Affine<T>::rest(channel) * dz)};
+    static GradientSums from_shifted(const GradientSums &sums, const Channel &channel) {
+        return {sums.dz, sums.dz_xhat - Affine<T>::rest(channel) * channel.inv_std * sums.dz};
     }
 };
 
-// dx = dz·dz_scale + (x - shift)·x_scale + offset, which is
+// dx = dz·dz_scale + (x - shift)·inv_std·x_scale + offset, which is
 //     dx = inv_std·(γ·dz - mean(γ·dz) - x̂·mean(γ·dz·x̂))
 // with the means over everything that shares the statistics. Constant statistics: both means 0.
 template <class T>
 struct Gradient {
-    T dz_scale, x_scale, offset;
+    T inv_std, dz_scale, x_scale, offset;
 
     FLATWATER_ONE_COPY
-    Gradient(const Channel &channel, double mean_dz, double mean_dz_xhat) {
-        const double slope = -channel.inv_std * channel.inv_std * mean_dz_xhat;
-        dz_scale = T(channel.inv_std * channel.weight);
-        x_scale = T(slope);
-        offset = T(-channel.inv_std * mean_dz - slope * Affine<T>::rest(channel));
-    }
+    Gradient(const Channel &channel, double mean_dz, double mean_dz_xhat)
+        : inv_std(T(channel.inv_std)),
+          dz_scale(T(channel.inv_std * channel.weight)),
+          x_scale(T(-channel.inv_std * mean_dz_xhat)),
+          offset(T(channel.inv_std *
+                   (Affine<T>::rest(channel) * channel.inv_std * mean_dz_xhat - mean_dz))) {}
 };
 
 // Mean and m2 = Σ(x - mean)² of a set of values; two sets combine exactly (Chan, Golub, LeVeque 1983).
@@ -70,17 +76,31 @@ struct Moments {
         count += other.count;
     }
 
-    // Of n sets of `size` values each: as adding them one by one, without a division for each.
-    static Moments of_equal_sets(const double *means, const double *m2s, index n, index size) {
+    // Of n values, from the sums of their deviations from a pivot, and of the squares of those.
+    static Moments of_deviations(index n, double pivot, double sum, double squares) {
+        const double m2 = squares - sum * sum / double(n);
+        return {n, pivot + sum / double(n), m2 < 0 ? 0 : m2};
+    }
+
+    // Of n sets of `size` values each, `step` apart: as adding them one by one, without a division for each.
+    static Moments of_equal_sets(const double *means, const double *m2s, index n, index step, index size) {
         double sum = 0, within = 0, between = 0;
-        for (index i = 0; i < n; ++i) sum += means[i], within += m2s[i];
+        for (index i = 0; i < n * step; i += step) sum += means[i], within += m2s[i];
         const double mean = sum / double(n);
-        for (index i = 0; i < n; ++i) between += (means[i] - mean) * (means[i] - mean);
+        for (index i = 0; i < n * step; i += step) between += (means[i] - mean) * (means[i] - mean);
         return {n * size, mean, within + double(size) * between};
     }
 
     static bool finite(double value) { return value - value == 0; }
 };
+
+// Whether squares of deviations, summed in T, were neither lost below its numbers nor beyond them.
+// No squares at all are those of a constant, if its mean is one of its values.
+template <class T>
+inline bool squares_are_exact(double squares, index count, bool mean_is_a_value) {
+    if (sizeof(T) == sizeof(double)) return true;
+    return squares == 0 ? mean_is_a_value : squares > 1e-28 * double(count) && Moments::finite(squares);
+}
 
 FLATWATER_ONE_COPY
 inline double inverse_deviation(double m2, index count, double epsilon) {

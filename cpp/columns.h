@@ -1,193 +1,318 @@
-// Loops over rows of columns: every column has its own channel, as in channels-last memory. Planes
-// too small to be segments are handled this way too: a sample is then a row of channels × inner columns.
+// Loops over rows of columns: every column has its own channel, as in channels-last memory.
+//
+// A few rows at a time, each from its first column to its last: memory is read as it lies, and what a
+// column needs is fetched once for all these rows. Columns that are no whole number of vectors end with
+// a vector that begins earlier; fewer columns than a vector are taken in scalars, by the same loops.
 #pragma once
 
-#include "segment.h"
+#include "pieces.h"
 
 namespace flatwater::FLATWATER_ISA {
 
-// The widest tile of columns that is worked on at once.
-constexpr index tile_columns = 512;
+// Rows that are worked on together. Squares of deviations are summed over them in float: short_run.
+constexpr index rows_at_once = 4;
 
-// Rows that are summed in their own precision before the sum goes on in double.
-constexpr index block_rows = 64;
+// Rows after which the pivot of a column moves to the mean of the rows just done.
+constexpr index pivot_rows = 64;
 
-// Calls body<V, k>(j): k vectors from column j on. A ragged end is covered by a vector that begins
-// earlier, for doing a column twice gives the same result; a tile narrower than a vector by scalars.
-template <class S, class Body>
-inline void each_column(index columns, const Body &body) {
-    using E = Element<S>;
-    using V = typename E::Vector;
-    constexpr index width = E::width;
-    index j = 0;
-    for (; j + 4 * width <= columns; j += 4 * width) body.template operator()<V, 4>(j);
-    for (; j + width <= columns; j += width) body.template operator()<V, 1>(j);
-    if (j == columns) return;
-    if (columns >= width) {
-        body.template operator()<V, 1>(columns - width);
-        return;
-    }
-    for (; j < columns; ++j) body.template operator()<typename E::Compute, 1>(j);
-}
-
-// A loop of a fixed, small number of steps with the step as a constant.
-template <int n, class Body>
-inline void unrolled(const Body &body) {
-    for (int k = 0; k < n; ++k) body(k);
-}
-
-// Per column: mean[j] and m2[j] over `rows` rows that lie `stride` elements apart.
-template <class S>
-FLATWATER_ONE_COPY
-void column_moments(const S *x, index rows, index stride, index columns, double *mean, double *m2) {
-    using T = typename Element<S>::Compute;
-    each_column<S>(columns, [=]<class V, int k>(index j) {
-        using Wide = typename Lanes<V>::wide;
-        constexpr int width = Lanes<V>::count;
-        for (index start = 0; start < rows; start += block_rows) {
-            const index size = rows - start < block_rows ? rows - start : block_rows;
-            const S *block = x + start * stride + j;
-            V pivot[k] = {};
-            Wide first[k] = {}, second[k] = {};
-            for (index r = 0; r < size; ++r)
-                unrolled<k>([&](int i) { pivot[i] += fetch<S, V>(block + r * stride + i * width); });
-            unrolled<k>([&](int i) { pivot[i] /= T(size); });
-            for (index run = 0; run < size; run += short_run) {
-                const index end = size - run < short_run ? size : run + short_run;
-                V run_first[k] = {}, run_second[k] = {};
-                for (index r = run; r < end; ++r)
-                    unrolled<k>([&](int i) {
-                        const V d = fetch<S, V>(block + r * stride + i * width) - pivot[i];
-                        run_first[i] += d;
-                        run_second[i] += d * d;
-                    });
-                unrolled<k>([&](int i) {
-                    first[i] += widen_lanes(run_first[i]);
-                    second[i] += widen_lanes(run_second[i]);
-                });
-            }
-            T pivots[k * width];
-            double firsts[k * width], seconds[k * width];
-            __builtin_memcpy(pivots, pivot, sizeof pivots);
-            __builtin_memcpy(firsts, first, sizeof firsts);
-            __builtin_memcpy(seconds, second, sizeof seconds);
-            const double share = 1 / double(size);
-            for (int i = 0; i < k * width; ++i) {
-                const double squares = seconds[i] - firsts[i] * firsts[i] * share, pivot_mean = double(pivots[i]);
-                firsts[i] = Moments::finite(pivot_mean) ? pivot_mean + firsts[i] * share : pivot_mean;
-                seconds[i] = squares < 0 ? 0 : squares;
-            }
-            if (start == 0) {  // mostly the only block: nothing to combine it with
-                __builtin_memcpy(mean + j, firsts, sizeof firsts);
-                __builtin_memcpy(m2 + j, seconds, sizeof seconds);
-                continue;
-            }
-            for (int i = 0; i < k * width; ++i) {
-                Moments all{start, mean[j + i], m2[j + i]};
-                all.add({size, firsts[i], seconds[i]});
-                mean[j + i] = all.mean;
-                m2[j + i] = all.m2;
-            }
-        }
-    });
-}
-
-// What a tile of columns needs: Affine and Gradient, one array for each field.
+// Affine and Gradient of many columns, one array for each field.
 template <class T>
-struct Columns {
-    alignas(64) T shift[tile_columns], scale[tile_columns], offset[tile_columns];
-    alignas(64) T dz_scale[tile_columns], x_scale[tile_columns], dx_offset[tile_columns];
+class Columns {
+  public:
+    explicit Columns(index columns) : size_(columns), values_(7 * columns) {}
 
-    void set(index from, index to, const Affine<T> &f) {
-        for (index j = from; j < to; ++j) shift[j] = f.shift, scale[j] = f.scale, offset[j] = f.offset;
+    void set(index j, const Affine<T> &f) {
+        field(0)[j] = f.shift, field(1)[j] = f.scale, field(2)[j] = f.offset;
     }
-    void set(index from, index to, const Gradient<T> &g) {
-        for (index j = from; j < to; ++j) dz_scale[j] = g.dz_scale, x_scale[j] = g.x_scale, dx_offset[j] = g.offset;
+    void set(index j, double inv_std) { field(3)[j] = T(inv_std); }
+    void set(index j, const Gradient<T> &g) {
+        field(3)[j] = g.inv_std, field(4)[j] = g.dz_scale, field(5)[j] = g.x_scale, field(6)[j] = g.offset;
+    }
+    T *field(index i) const { return values_.get() + i * size_; }
+
+  private:
+    index size_;
+    Scratch<T> values_;
+};
+
+// Consecutive columns of it, as vectors.
+template <class V>
+struct AffineOf {
+    V shift, scale, offset;
+
+    template <class T>
+    AffineOf(const Columns<T> &c, index j)
+        : shift(fetch<T, V>(c.field(0) + j)),
+          scale(fetch<T, V>(c.field(1) + j)),
+          offset(fetch<T, V>(c.field(2) + j)) {}
+};
+template <class V>
+struct GradientOf {
+    V inv_std, dz_scale, x_scale, offset;
+
+    template <class T>
+    GradientOf(const Columns<T> &c, index j)
+        : inv_std(fetch<T, V>(c.field(3) + j)),
+          dz_scale(fetch<T, V>(c.field(4) + j)),
+          x_scale(fetch<T, V>(c.field(5) + j)),
+          offset(fetch<T, V>(c.field(6) + j)) {}
+};
+
+// A tile's place in memory: its rows lie `stride` apart; `column` is its first among the Columns.
+struct Block {
+    index rows, columns, stride, column;
+
+    // From an element to one that is worked on bytes_ahead later: whole groups of rows.
+    template <class S>
+    index ahead() const {
+        const index group = rows_at_once * columns * index(sizeof(S));
+        return (bytes_ahead + group - 1) / group * rows_at_once * stride;
     }
 };
 
-template <class T, class V>
-inline V column(const T *values, index j) {
-    V v;
-    __builtin_memcpy(&v, values + j, sizeof v);
-    return v;
+// Calls body(slot, j) for the vectors that cover the columns.
+template <class V, class Body>
+inline void each_slot(index columns, const Body &body) {
+    constexpr index width = Lanes<V>::count;
+    index slot = 0, j = 0;
+    for (; j + width <= columns; j += width) body(slot++, j);
+    if (j < columns) body(slot, columns - width);
 }
 
-template <class S, Activation A>
-FLATWATER_ONE_COPY
-void columns_apply(const S *x, const S *residual, S *y, index rows, index stride, index columns,
-                   const Columns<typename Element<S>::Compute> &c) {
-    using T = typename Element<S>::Compute;
-    each_column<S>(columns, [=, &c]<class V, int k>(index j) {
-        constexpr int width = Lanes<V>::count;
-        V shift[k], scale[k], offset[k];
-        unrolled<k>([&](int i) {
-            shift[i] = column<T, V>(c.shift, j + i * width);
-            scale[i] = column<T, V>(c.scale, j + i * width);
-            offset[i] = column<T, V>(c.offset, j + i * width);
-        });
-        for (index r = rows - 1; r >= 0; --r)  // backwards: what was read last is still in cache
-            unrolled<k>([&](int i) {
-                const index at = r * stride + j + i * width;
-                V z = (fetch<S, V>(x + at) - shift[i]) * scale[i] + offset[i];
-                if (residual) z += fetch<S, V>(residual + at);
-                place<S, V>(y + at, activate<A, V>(z));
-            });
-    });
+template <class V>
+inline index slots(index columns) {
+    return (columns + Lanes<V>::count - 1) / Lanes<V>::count;
 }
 
-// Per column: dz_sum[j] = Σdz and shifted_sum[j] = Σdz·(x - shift).
-template <class S, Activation A>
-FLATWATER_ONE_COPY
-void columns_sums(const S *dy, const S *x, const S *residual, index rows, index stride, index columns,
-                  const Columns<typename Element<S>::Compute> &c, double *dz_sum, double *shifted_sum) {
-    using T = typename Element<S>::Compute;
-    each_column<S>(columns, [=, &c]<class V, int k>(index j) {
-        constexpr int width = Lanes<V>::count;
-        for (int i = 0; i < k * width; ++i) dz_sum[j + i] = shifted_sum[j + i] = 0;
-        for (index start = 0; start < rows; start += block_rows) {
-            const index end = rows - start < block_rows ? rows : start + block_rows;
-            V sum[k] = {}, product[k] = {};
-            for (index r = start; r < end; ++r)
-                unrolled<k>([&](int i) {
-                    const index at = r * stride + j + i * width;
-                    const V shifted = fetch<S, V>(x + at) - column<T, V>(c.shift, j + i * width);
-                    V z = shifted * column<T, V>(c.scale, j + i * width) + column<T, V>(c.offset, j + i * width);
-                    if (residual) z += fetch<S, V>(residual + at);
-                    const V dz = activation_gradient<A, V>(z, fetch<S, V>(dy + at));
-                    sum[i] += dz;
-                    product[i] += dz * shifted;
-                });
-            alignas(vector_bytes) T sums[k * width], products[k * width];
-            __builtin_memcpy(sums, sum, sizeof sums);
-            __builtin_memcpy(products, product, sizeof products);
-            for (int i = 0; i < k * width; ++i) {
-                dz_sum[j + i] += double(sums[i]);
-                shifted_sum[j + i] += double(products[i]);
-            }
+// Calls body<rows>(r) for whole groups of rows, and body<1>(r) for those left over; or the other way round.
+template <class Body>
+inline void each_group(index rows, const Body &body) {
+    index r = 0;
+    for (; r + rows_at_once <= rows; r += rows_at_once) body.template operator()<rows_at_once>(r);
+    for (; r < rows; ++r) body.template operator()<1>(r);
+}
+template <class Body>
+inline void each_group_backwards(index rows, const Body &body) {
+    index r = rows;
+    for (; r % rows_at_once; --r) body.template operator()<1>(r - 1);
+    for (; r > 0; r -= rows_at_once) body.template operator()<rows_at_once>(r - rows_at_once);
+}
+
+// What a vector of columns has summed so far.
+template <class V>
+struct ColumnMoments {
+    using Wide = typename Lanes<V>::wide;
+    V pivot;
+    Wide first, second;  // Σ(x - pivot), Σ(x - pivot)² since the pivot moved
+    Wide mean, m2;       // of all rows before that
+
+    // Combines the rows since the pivot moved with those before, as Moments::add does.
+    void close(index before, index rows) {
+        const Wide mean_rows = widen_lanes(pivot) + first * (1 / double(rows));
+        const Wide squares = second - first * first * (1 / double(rows));
+        const Wide m2_rows = squares < 0.0 ? Wide{} : squares;
+        if (before == 0) {
+            mean = mean_rows;
+            m2 = m2_rows;
+        } else {
+            const double total = double(before + rows);
+            const Wide delta = mean_rows - mean;
+            mean = delta - delta == 0.0 ? mean + delta * (double(rows) / total) : mean + mean_rows;
+            m2 += m2_rows + delta * delta * (double(before) * double(rows) / total);
         }
+        const Wide next = mean_rows - mean_rows == 0.0 ? mean_rows : Wide{};
+        pivot = narrow_lanes<V>(next);
+        first = second = Wide{};
+    }
+};
+
+// Two passes in double, one column after the other.
+template <class S>
+FLATWATER_ONE_COPY
+Moments exact_column(const S *x, index rows, index stride) {
+    double sum = 0, m2 = 0;
+    for (index r = 0; r < rows; ++r) sum += double(Element<S>::get(x + r * stride));
+    const double mean = sum / double(rows);
+    for (index r = 0; r < rows; ++r) {
+        const double d = double(Element<S>::get(x + r * stride)) - mean;
+        m2 += d * d;
+    }
+    return {rows, mean, m2};
+}
+
+// Mean and m2 of each column. The pivot of a column, from which deviations are taken, is the mean of the rows
+// just before: so that x is read once. Were those far off, then by a distance that is itself part of m2.
+template <class S, class V>
+FLATWATER_ONE_COPY
+void vector_column_moments(const S *x, const Block &b, double *mean, double *m2) {
+    using Wide = typename Lanes<V>::wide;
+    using T = typename Element<S>::Compute;
+    ColumnMoments<V> moments[tile_columns / Lanes<V>::count];
+    const index ahead = b.ahead<S>();
+    static_assert(pivot_rows % short_run == 0 && short_run % rows_at_once == 0);
+
+    each_slot<V>(b.columns, [&](index slot, index j) {
+        const index rows = smaller(b.rows, short_run);
+        V sum{};
+        for (index r = 0; r < rows; ++r) sum += fetch<S, V>(x + r * b.stride + j);
+        sum *= T(1) / T(rows);
+        moments[slot].pivot = sum - sum == T(0) ? sum : V{};
+        moments[slot].first = moments[slot].second = Wide{};
+    });
+    for (index start = 0; start < b.rows; start += pivot_rows) {
+        const index end = smaller(b.rows, start + pivot_rows);
+        each_group(end - start, [&]<index rows>(index r) {
+            const S *group = x + (start + r) * b.stride;
+            each_slot<V>(b.columns, [&](index slot, index j) {
+                const V pivot = moments[slot].pivot;
+                V first{}, second{};
+                for (index k = 0; k < rows; ++k) {
+                    expect(group + k * b.stride + j + ahead);
+                    const V d = fetch<S, V>(group + k * b.stride + j) - pivot;
+                    first += d;
+                    second += d * d;
+                }
+                moments[slot].first += widen_lanes(first);
+                moments[slot].second += widen_lanes(second);
+            });
+        });
+        each_slot<V>(b.columns, [&](index slot, index) { moments[slot].close(start, end - start); });
+    }
+    each_slot<V>(b.columns, [&](index slot, index j) {
+        __builtin_memcpy(mean + j, &moments[slot].mean, sizeof(Wide));
+        __builtin_memcpy(m2 + j, &moments[slot].m2, sizeof(Wide));
+    });
+    for (index j = 0; j < b.columns; ++j)
+        if (!squares_are_exact<T>(m2[j], b.rows, mean[j] == double(T(mean[j])))) {
+            const Moments exact = exact_column(x + j, b.rows, b.stride);
+            mean[j] = exact.mean;
+            m2[j] = exact.m2;
+        }
+}
+
+// Calls the loop for vectors of columns, or for scalars where there are too few.
+template <class S, class Loop>
+inline void for_width(const Block &b, const Loop &loop) {
+    using E = Element<S>;
+    if (b.columns < E::width)
+        loop.template operator()<typename E::Compute>();
+    else
+        loop.template operator()<typename E::Vector>();
+}
+
+template <class S>
+void column_moments(const S *x, const Block &b, double *mean, double *m2) {
+    for_width<S>(b, [&]<class V>() { vector_column_moments<S, V>(x, b, mean, m2); });
+}
+
+template <class S, class V, bool streaming>
+inline void put(S *p, const V &value) {
+    if constexpr (streaming)
+        place_streaming<S, V>(p, value);
+    else
+        place<S, V>(p, value);
+}
+
+template <class S, class V, Activation A, bool streaming>
+FLATWATER_ONE_COPY
+void vector_columns_apply(const At<S> &at, const Block &b, const Columns<typename Element<S>::Compute> &c) {
+    const index ahead = b.ahead<S>();
+    each_group_backwards(b.rows, [&]<index rows>(index r) {  // what was read last is still in cache
+        each_slot<V>(b.columns, [&](index, index j) {
+            const AffineOf<V> f(c, b.column + j);
+            for (index k = 0; k < rows; ++k) {
+                const index i = (r + k) * b.stride + j;
+                at.expect_inputs(i - ahead);
+                V z = (fetch<S, V>(at.x + i) - f.shift) * f.scale + f.offset;
+                if (at.residual) z += fetch<S, V>(at.residual + i);
+                put<S, V, streaming>(at.y + i, activate<A, V>(z));
+            }
+        });
+    });
+}
+
+// Whether all vectors that cover a tile lie so in memory that they can be streamed.
+template <class S>
+inline bool can_stream(const S *out, const Block &b) {
+    constexpr index width = Element<S>::width;
+    return b.columns % width == 0 && b.stride % width == 0 && unaligned_head(out) == 0;
+}
+
+template <class S, Activation A>
+void columns_apply(const At<S> &at, const Block &b, const Columns<typename Element<S>::Compute> &c, bool streaming) {
+    for_width<S>(b, [&]<class V>() {
+        if (streaming && can_stream(at.y, b)) return vector_columns_apply<S, V, A, true>(at, b, c);
+        vector_columns_apply<S, V, A, false>(at, b, c);
+    });
+}
+
+// Per column: Σdz and Σdz·(x - shift)·inv_std.
+template <class S, class V, Activation A>
+FLATWATER_ONE_COPY
+void vector_columns_sums(const At<S> &at, const Block &b, const Columns<typename Element<S>::Compute> &c,
+                         double *dz_sums, double *dz_xhat_sums) {
+    using Wide = typename Lanes<V>::wide;
+    constexpr index most = tile_columns / Lanes<V>::count;
+    Wide dz_sum[most], dz_xhat_sum[most];
+    each_slot<V>(b.columns, [&](index slot, index) { dz_sum[slot] = dz_xhat_sum[slot] = Wide{}; });
+    const index ahead = b.ahead<S>();
+    each_group(b.rows, [&]<index rows>(index r) {
+        each_slot<V>(b.columns, [&](index slot, index j) {
+            const AffineOf<V> f(c, b.column + j);
+            V sum{}, product{};
+            for (index k = 0; k < rows; ++k) {
+                const index i = (r + k) * b.stride + j;
+                V shifted;
+                at.expect_inputs(i + ahead);
+                const V dz = gradient_at<S, V, A>(at, i, f, shifted);
+                sum += dz;
+                product += dz * (shifted * fetch<typename Element<S>::Compute, V>(c.field(3) + b.column + j));
+            }
+            dz_sum[slot] += widen_lanes(sum);
+            dz_xhat_sum[slot] += widen_lanes(product);
+        });
+    });
+    each_slot<V>(b.columns, [&](index slot, index j) {
+        __builtin_memcpy(dz_sums + j, &dz_sum[slot], sizeof(Wide));
+        __builtin_memcpy(dz_xhat_sums + j, &dz_xhat_sum[slot], sizeof(Wide));
     });
 }
 
 template <class S, Activation A>
+void columns_sums(const At<S> &at, const Block &b, const Columns<typename Element<S>::Compute> &c, double *dz_sums,
+                  double *dz_xhat_sums) {
+    for_width<S>(b, [&]<class V>() { vector_columns_sums<S, V, A>(at, b, c, dz_sums, dz_xhat_sums); });
+}
+
+template <class S, class V, Activation A, bool streaming>
 FLATWATER_ONE_COPY
-void columns_gradient(const S *dy, const S *x, const S *residual, S *dx, S *dresidual, index rows, index stride,
-                      index columns, const Columns<typename Element<S>::Compute> &c) {
-    using T = typename Element<S>::Compute;
-    each_column<S>(columns, [=, &c]<class V, int k>(index j) {
-        constexpr int width = Lanes<V>::count;
-        for (index r = rows - 1; r >= 0; --r)
-            unrolled<k>([&](int i) {
-                const index at = r * stride + j + i * width, from = j + i * width;
-                const V shifted = fetch<S, V>(x + at) - column<T, V>(c.shift, from);
-                V z = shifted * column<T, V>(c.scale, from) + column<T, V>(c.offset, from);
-                if (residual) z += fetch<S, V>(residual + at);
-                const V dz = activation_gradient<A, V>(z, fetch<S, V>(dy + at));
-                if (dresidual) place<S, V>(dresidual + at, dz);
-                if (dx)
-                    place<S, V>(dx + at, V(dz * column<T, V>(c.dz_scale, from) +
-                                           (shifted * column<T, V>(c.x_scale, from) + column<T, V>(c.dx_offset, from))));
-            });
+void vector_columns_gradient(const At<S> &at, const Block &b, const Columns<typename Element<S>::Compute> &c) {
+    const index ahead = b.ahead<S>();
+    each_group_backwards(b.rows, [&]<index rows>(index r) {
+        each_slot<V>(b.columns, [&](index, index j) {
+            const AffineOf<V> f(c, b.column + j);
+            const GradientOf<V> g(c, b.column + j);
+            for (index k = 0; k < rows; ++k) {
+                const index i = (r + k) * b.stride + j;
+                V shifted;
+                at.expect_inputs(i - ahead);
+                const V dz = gradient_at<S, V, A>(at, i, f, shifted);
+                if (at.dresidual) put<S, V, streaming>(at.dresidual + i, dz);
+                if (at.dx)
+                    put<S, V, streaming>(at.dx + i,
+                                         V(dz * g.dz_scale + ((shifted * g.inv_std) * g.x_scale + g.offset)));
+            }
+        });
+    });
+}
+
+template <class S, Activation A>
+void columns_gradient(const At<S> &at, const Block &b, const Columns<typename Element<S>::Compute> &c,
+                      bool streaming) {
+    const bool aligned = (!at.dx || can_stream(at.dx, b)) && (!at.dresidual || can_stream(at.dresidual, b));
+    for_width<S>(b, [&]<class V>() {
+        if (streaming && aligned) return vector_columns_gradient<S, V, A, true>(at, b, c);
+        vector_columns_gradient<S, V, A, false>(at, b, c);
     });
 }
 

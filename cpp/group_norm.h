@@ -1,7 +1,8 @@
 // Group norm: statistics per sample and group of channels. Instance norm has groups of one channel.
 #pragma once
 
-#include "layout.h"
+#include "columns.h"
+#include "team.h"
 
 namespace flatwater::FLATWATER_ISA {
 
@@ -13,33 +14,39 @@ struct Group {
     static constexpr index tile = 64;
 
     static index group_channels(const Problem &p) { return p.shape.channels / p.groups; }
-    static index tiles(const Problem &p) { return p.shape.channels < tile ? 1 : p.shape.channels / tile; }
+    static index tiles(const Problem &p) { return larger(1, p.shape.channels / tile); }
     static index statistics_of(const Problem &p, index n, index c) { return n * p.groups + c / group_channels(p); }
     static Channel channel(const Problem &p, index n, index c) { return channel_of(p, statistics_of(p, n, c), c); }
 
-    // The channels [c0, c1) of sample n, channels-last.
+    // A tile of the channels of sample n, channels-last.
     struct Part {
-        index n, c0, c1, offset;
+        index n, first, channels, offset;
+        Block block;
+
         Part(const Problem &p, index task) {
             const index count = tiles(p);
             n = task / count;
-            c0 = task % count * tile;
-            c1 = task % count + 1 == count ? p.shape.channels : c0 + tile;
-            offset = n * p.shape.inner * p.shape.channels + c0;
+            first = task % count * tile;
+            channels = task % count + 1 == count ? p.shape.channels - first : tile;
+            offset = n * p.shape.inner * p.shape.channels + first;
+            block = {p.shape.inner, channels, p.shape.channels, 0};
         }
     };
 
     static void set_group(const Problem &p, index i, const Moments &all) {
         p.mean[i] = all.mean;
         p.m2[i] = all.m2;
+        if (p.inv_std) p.inv_std[i] = inverse_deviation(all.m2, all.count, p.epsilon);
     }
 
-    // Of the planes of one group, channels-first.
-    FLATWATER_ONE_COPY
-    static Moments planes_moments(const Problem &p, index i) {
-        const index size = group_channels(p), inner = p.shape.inner;
+    // Channels-first, a group of one sample is one piece, and so is each of its planes.
+    static Pieces plane(const Problem &p, index i) { return {i * p.shape.inner, 1, p.shape.inner, 0}; }
+
+    static Moments group_moments(const Problem &p, index i) {
+        const index length = group_channels(p) * p.shape.inner;
+        const Blocks<S> blocks(Pieces{i * length, 1, length, 0});
         Moments all;
-        for (index c = 0; c < size; ++c) all.add(segment_moments(At<S>(p, (i * size + c) * inner).x, inner));
+        for (index b = 0; b < blocks.size(); ++b) all.add(block_moments(At<S>(p, 0).x, blocks[b]));
         return all;
     }
 
@@ -48,67 +55,57 @@ struct Group {
         const index channels = p.shape.channels, size = group_channels(p), inner = p.shape.inner;
         if (!p.shape.channels_last) {
             parallel_for(p.shape.outer * p.groups, p.shape.elements(),
-                         [&](index i) { set_group(p, i, planes_moments(p, i)); });
+                         [&](index i) { set_group(p, i, group_moments(p, i)); });
             return;
         }
         Scratch<double> mean(p.shape.outer * channels), m2(p.shape.outer * channels);
         parallel_for(p.shape.outer * tiles(p), p.shape.elements(), [&](index task) {
             const Part part(p, task);
-            const index to = part.n * channels + part.c0;
-            column_moments(At<S>(p, part.offset).x, inner, channels, part.c1 - part.c0, &mean[to], &m2[to]);
+            const index to = part.n * channels + part.first;
+            column_moments(At<S>(p, part.offset).x, part.block, &mean[to], &m2[to]);
         });
-        for (index i = 0; i < p.shape.outer * p.groups; ++i) {
-            Moments all;
-            for (index c = 0; c < size; ++c) all.add({inner, mean[i * size + c], m2[i * size + c]});
-            set_group(p, i, all);
-        }
-    }
-
-    static void set_affine(const Problem &p, const Part &part, Columns<T> &columns) {
-        for (index c = part.c0; c < part.c1; ++c)
-            columns.set(c - part.c0, c - part.c0 + 1, Affine<T>(channel(p, part.n, c)));
+        for (index i = 0; i < p.shape.outer * p.groups; ++i)
+            set_group(p, i, Moments::of_equal_sets(&mean[i * size], &m2[i * size], size, 1, inner));
     }
 
     template <Activation A>
-    FLATWATER_ONE_COPY
+    static void plane_apply(const Problem &p, index i, index statistics, index later) {
+        const Affine<T> f(channel_of(p, statistics, i % p.shape.channels));
+        pieces_apply<S, A>(At<S>(p, 0), plane(p, i), f, is_large<S>(p), later);
+    }
+
+    template <Activation A>
     static void normalize(const Problem &p) {
-        const index channels = p.shape.channels, inner = p.shape.inner;
+        const index channels = p.shape.channels;
         if (!p.shape.channels_last) {
             parallel_for(p.shape.outer * channels, p.shape.elements(), [&](index i) {
-                const At<S> at(p, i * inner);
-                const Affine<T> f(channel(p, i / channels, i % channels));
-                segment_apply<S, A, false>(at.x, at.residual, at.y, inner, f);
+                plane_apply<A>(p, i, i / group_channels(p), 0);
+                finish_streaming();
             });
             return;
         }
-        parallel_for(p.shape.outer * tiles(p), p.shape.elements(), [&](index task) {
+        parallel_for_backwards(p.shape.outer * tiles(p), p.shape.elements(), [&](index task) {
             const Part part(p, task);
-            const At<S> at(p, part.offset);
-            Columns<T> columns;
-            set_affine(p, part, columns);
-            columns_apply<S, A>(at.x, at.residual, at.y, inner, channels, part.c1 - part.c0, columns);
+            Columns<T> columns(part.channels);
+            for (index j = 0; j < part.channels; ++j) columns.set(j, Affine<T>(channel(p, part.n, part.first + j)));
+            columns_apply<S, A>(At<S>(p, part.offset), part.block, columns, is_large<S>(p));
+            finish_streaming();
         });
     }
 
     template <Activation A>
     static void forward(const Problem &p) {
-        const index size = group_channels(p), inner = p.shape.inner, count = size * inner;
+        const index size = group_channels(p), groups = p.shape.outer * p.groups;
         if (p.shape.channels_last) {
             statistics(p);
-            for (index i = 0; i < p.shape.outer * p.groups; ++i)
-                p.inv_std[i] = inverse_deviation(p.m2[i], count, p.epsilon);
             return normalize<A>(p);
         }
         // A group's planes are normalized while they are still in cache from the statistics.
-        parallel_for(p.shape.outer * p.groups, p.shape.elements(), [&](index i) {
-            const Moments all = planes_moments(p, i);
-            set_group(p, i, all);
-            p.inv_std[i] = inverse_deviation(all.m2, count, p.epsilon);
-            for (index k = size - 1; k >= 0; --k) {
-                const At<S> at(p, (i * size + k) * inner);
-                const Affine<T> f(channel_of(p, i, i % p.groups * size + k));
-                segment_apply<S, A, false>(at.x, at.residual, at.y, inner, f);
-            }
+        parallel_for(groups, p.shape.elements(), [&](index i) {
+            set_group(p, i, group_moments(p, i));
+            const index later = i + 1 < groups ? size * p.shape.inner : 0;
+            for (index k = size - 1; k >= 0; --k) plane_apply<A>(p, i * size + k, i, later);
+            finish_streaming();
         });
     }
 
@@ -119,69 +116,84 @@ struct Group {
         GradientSums means;
         for (index k = 0; k < size; ++k) {
             const double weight = p.weight ? p.weight[first + k] : 1;
-            means.dz += weight * planes[i * size + k].dz / count;
-            means.dz_xhat += weight * planes[i * size + k].dz_xhat / count;
+            means.add({weight * planes[i * size + k].dz / count, weight * planes[i * size + k].dz_xhat / count});
         }
         return means;
+    }
+
+    // dβ and dγ: what the planes of each channel contribute, sample after sample.
+    static void sum_over_samples(const Problem &p, const GradientSums *planes) {
+        for (index c = 0; c < p.shape.channels; ++c) {
+            GradientSums all;
+            for (index n = 0; n < p.shape.outer; ++n) all.add(planes[n * p.shape.channels + c]);
+            p.sum_dz[c] = all.dz;
+            p.sum_dz_xhat[c] = all.dz_xhat;
+        }
     }
 
     template <Activation A>
     static void backward(const Problem &p) {
         Scratch<GradientSums> planes(p.shape.outer * p.shape.channels);
-        p.shape.channels_last ? column_backward<A>(p, planes.get()) : segment_backward<A>(p, planes.get());
+        p.shape.channels_last ? column_backward<A>(p, planes.get()) : piece_backward<A>(p, planes.get());
         sum_over_samples(p, planes.get());
     }
 
     template <Activation A>
-    static void segment_backward(const Problem &p, GradientSums *planes) {
-        const index size = group_channels(p), inner = p.shape.inner;
-        parallel_for(p.shape.outer * p.groups, p.shape.elements(), [&](index i) {
+    static void piece_backward(const Problem &p, GradientSums *planes) {
+        const index size = group_channels(p), groups = p.shape.outer * p.groups;
+        parallel_for(groups, p.shape.elements(), [&](index i) {
+            const At<S> at(p, 0);
             const index first = i % p.groups * size;
             for (index k = 0; k < size; ++k) {
-                const At<S> at(p, (i * size + k) * inner);
-                planes[i * size + k] =
-                    segment_sums<S, A>(at.dy, at.x, at.residual, inner, channel_of(p, i, first + k));
+                const Blocks<S> blocks(plane(p, i * size + k));
+                const Channel channel = channel_of(p, i, first + k);
+                GradientSums all;
+                for (index b = 0; b < blocks.size(); ++b) all.add(block_sums<S, A>(at, blocks[b], channel));
+                planes[i * size + k] = GradientSums::from_shifted<T>(all, channel);
             }
             if (!p.dx && !p.dresidual) return;
             const GradientSums means = group_means(p, planes, i);
+            const index later = i + 1 < groups ? size * p.shape.inner : 0;
             for (index k = size - 1; k >= 0; --k) {
-                const At<S> at(p, (i * size + k) * inner);
                 const Channel channel = channel_of(p, i, first + k);
-                segment_gradient<S, A, false>(at.dy, at.x, at.residual, at.dx, at.dresidual, inner,
-                                              Affine<T>(channel), Gradient<T>(channel, means.dz, means.dz_xhat));
+                pieces_gradient<S, A>(at, plane(p, i * size + k), Affine<T>(channel),
+                                      Gradient<T>(channel, means.dz, means.dz_xhat), is_large<S>(p), later);
             }
+            finish_streaming();
         });
     }
 
     template <Activation A>
     static void column_backward(const Problem &p, GradientSums *planes) {
-        const index channels = p.shape.channels, inner = p.shape.inner, tasks = p.shape.outer * tiles(p);
+        const index tasks = p.shape.outer * tiles(p);
         parallel_for(tasks, p.shape.elements(), [&](index task) {
             const Part part(p, task);
-            const At<S> at(p, part.offset);
-            Columns<T> columns;
-            double dz[tile_columns], shifted[tile_columns];
-            set_affine(p, part, columns);
-            columns_sums<S, A>(at.dy, at.x, at.residual, inner, channels, part.c1 - part.c0, columns, dz, shifted);
-            for (index c = part.c0; c < part.c1; ++c)
-                planes[part.n * channels + c] = GradientSums::from_shifted<T>(
-                    dz[c - part.c0], shifted[c - part.c0], channel(p, part.n, c));
+            Columns<T> columns(part.channels);
+            Scratch<double> dz(part.channels), dz_xhat(part.channels);
+            for (index j = 0; j < part.channels; ++j) {
+                const Channel each = channel(p, part.n, part.first + j);
+                columns.set(j, Affine<T>(each));
+                columns.set(j, each.inv_std);
+            }
+            columns_sums<S, A>(At<S>(p, part.offset), part.block, columns, dz.get(), dz_xhat.get());
+            for (index j = 0; j < part.channels; ++j)
+                planes[part.n * p.shape.channels + part.first + j] = GradientSums::from_shifted<T>(
+                    GradientSums{dz[j], dz_xhat[j]}, channel(p, part.n, part.first + j));
         });
         if (!p.dx && !p.dresidual) return;
         Scratch<GradientSums> means(p.shape.outer * p.groups);
         for (index i = 0; i < p.shape.outer * p.groups; ++i) means[i] = group_means(p, planes, i);
-        parallel_for(tasks, p.shape.elements(), [&](index task) {
+        parallel_for_backwards(tasks, p.shape.elements(), [&](index task) {
             const Part part(p, task);
-            const At<S> at(p, part.offset);
-            Columns<T> columns;
-            set_affine(p, part, columns);
-            for (index c = part.c0; c < part.c1; ++c) {
-                const GradientSums &mean = means[statistics_of(p, part.n, c)];
-                columns.set(c - part.c0, c - part.c0 + 1,
-                            Gradient<T>(channel(p, part.n, c), mean.dz, mean.dz_xhat));
+            Columns<T> columns(part.channels);
+            for (index j = 0; j < part.channels; ++j) {
+                const Channel each = channel(p, part.n, part.first + j);
+                const GradientSums &mean = means[statistics_of(p, part.n, part.first + j)];
+                columns.set(j, Affine<T>(each));
+                columns.set(j, Gradient<T>(each, mean.dz, mean.dz_xhat));
             }
-            columns_gradient<S, A>(at.dy, at.x, at.residual, at.dx, at.dresidual, inner, channels,
-                                   part.c1 - part.c0, columns);
+            columns_gradient<S, A>(At<S>(p, part.offset), part.block, columns, is_large<S>(p));
+            finish_streaming();
         });
     }
 };

@@ -1,17 +1,27 @@
-// How the tensor of a call is cut into tasks. The cut depends on the shape alone.
+// How the tensor of a call is cut into tasks and blocks. The cut depends on the shape alone.
 #pragma once
 
 #include <cstdlib>
 #include <new>
 
-#include "columns.h"
-#include "team.h"
+#include "coefficients.h"
 
 namespace flatwater::FLATWATER_ISA {
 
-// Channels-first planes of at least this many elements are worked on as segments; smaller ones
-// would spend their time on beginnings and ends, and on jumps through memory.
-constexpr index segment_elements = 256;
+// What is summed in the elements' own precision before the sum goes on in double, in vectors; also
+// what stays in the first-level cache between two passes over it.
+constexpr index block_vectors = 256;
+
+// The widest tile of columns that is worked on at once.
+constexpr index tile_columns = 512;
+
+// Channels-first planes of at least this many elements are worked on as pieces: a vector of the
+// widest kind fits. Smaller ones are columns.
+constexpr index piece_elements = 16;
+
+// How far ahead of where it works a loop asks memory for what it is going to read, at the least, in bytes
+// of one tensor. On its own the processor sees no streams in so many rows, or in jumps from plane to plane.
+constexpr index bytes_ahead = 8192;
 
 // A result of this size does not stay in any cache until it is read again.
 constexpr index streaming_bytes = index(16) << 20;
@@ -33,45 +43,105 @@ class Scratch {
     T *data_;
 };
 
-// The tensor as rows of columns, for batch norm: `inner` columns for each channel.
-struct RowLayout {
-    index rows, inner, channels, tile_channels, tiles, chunk_rows, chunks;
+inline index smaller(index a, index b) { return a < b ? a : b; }
+inline index larger(index a, index b) { return a > b ? a : b; }
 
-    explicit RowLayout(const Shape &shape) {
-        const bool last = shape.channels_last;
-        rows = last ? shape.outer * shape.inner : shape.outer;
-        inner = last ? 1 : shape.inner;
-        channels = shape.channels;
-        tile_channels = tile_columns / 2 / inner;
-        if (tile_channels < 1) tile_channels = 1;
-        tiles = channels / tile_channels;  // the last tile takes what is left over, so none is narrow
-        if (tiles < 1) tiles = 1;
-        chunk_rows = (rows + 31) / 32;
-        chunk_rows = chunk_rows < block_rows ? block_rows : (chunk_rows + block_rows - 1) / block_rows * block_rows;
-        chunks = (rows + chunk_rows - 1) / chunk_rows;
-    }
-
-    index columns() const { return channels * inner; }
-    index tasks() const { return tiles * chunks; }
+// `count` runs of `length` consecutive elements, which begin `stride` apart: a channel's planes.
+struct Pieces {
+    index offset, count, length, stride;
+    index elements() const { return count * length; }
 };
 
-// A part of a RowLayout: the channels [c0, c1) in the rows [r0, r0 + rows).
+// The same pieces, a block at a time: several short ones together, or a part of a long one.
+template <class S>
+class Blocks {
+  public:
+    explicit Blocks(const Pieces &all) : all_(all) {
+        const index lanes = all.length < Element<S>::width ? 1 : Element<S>::width;
+        capacity_ = block_vectors * lanes;
+        parts_ = larger(1, all.length / capacity_);  // the last one takes what is left over, so none is narrow
+        together_ = larger(1, capacity_ / larger(1, all.length));
+    }
+
+    index size() const { return parts_ > 1 ? all_.count * parts_ : (all_.count + together_ - 1) / together_; }
+
+    Pieces operator[](index i) const {
+        if (parts_ > 1) {
+            const index part = i % parts_, from = part * capacity_;
+            const index length = part + 1 == parts_ ? all_.length - from : capacity_;
+            return {all_.offset + i / parts_ * all_.stride + from, 1, length, all_.stride};
+        }
+        const index first = i * together_;
+        return {all_.offset + first * all_.stride, smaller(together_, all_.count - first), all_.length, all_.stride};
+    }
+
+  private:
+    Pieces all_;
+    index capacity_, parts_, together_;
+};
+
+// The columns of one channel in a RowLayout: `count` of them, `step` apart.
+struct ChannelColumns {
+    index first, step, count;
+};
+
+// The tensor as rows of columns, for batch norm. Channels-last, a row is one position, or several of
+// them if the channels alone are no whole number of vectors. Of tiny channels-first planes, a row is a sample.
+struct RowLayout {
+    index channels, rows, columns, columns_each, tile_width, tiles, chunk_rows, chunks;
+    bool last;
+
+    template <class S>
+    static RowLayout of(const Shape &shape) {
+        RowLayout l;
+        l.channels = shape.channels;
+        l.last = shape.channels_last;
+        l.rows = l.last ? shape.outer * shape.inner : shape.outer;
+        l.columns_each = l.last ? positions<S>(shape.channels, l.rows) : shape.inner;
+        if (l.last) l.rows /= l.columns_each;
+        l.columns = l.channels * l.columns_each;
+        // Between whole channels; the last tile takes what is left over, so none is narrow.
+        const index unit = l.last ? Element<S>::width : l.columns_each;
+        l.tile_width = l.columns <= tile_columns ? l.columns : larger(1, tile_columns / 2 / unit) * unit;
+        l.tiles = larger(1, l.columns / l.tile_width);
+        // About 32 tasks, none of them too short to be worth its beginning and end.
+        const index chunks = larger(1, 32 / l.tiles), rows = (l.rows + chunks - 1) / chunks;
+        l.chunk_rows = larger(1, (rows + 63) / 64) * 64;
+        l.chunks = (l.rows + l.chunk_rows - 1) / l.chunk_rows;
+        return l;
+    }
+
+    ChannelColumns columns_of(index c) const {
+        return last ? ChannelColumns{c, channels, columns_each} : ChannelColumns{c * columns_each, 1, columns_each};
+    }
+    index rows_of(index chunk) const { return smaller(chunk_rows, rows - chunk * chunk_rows); }
+    index tasks() const { return tiles * chunks; }
+
+  private:
+    // How many positions make a whole number of vectors, if that divides the rows and fits a tile.
+    template <class S>
+    static index positions(index channels, index rows) {
+        for (index k = 1; k * channels <= tile_columns && k <= Element<S>::width; k *= 2)
+            if (k * channels % Element<S>::width == 0) return rows % k == 0 ? k : 1;
+        return 1;
+    }
+};
+
+// A part of a RowLayout: some columns of some rows.
 struct Tile {
-    index c0, c1, r0, rows, chunk, columns, offset;
+    index chunk, column, columns, rows, offset;
 
     Tile(const RowLayout &layout, index task) {
         const index tile = task % layout.tiles;
         chunk = task / layout.tiles;
-        c0 = tile * layout.tile_channels;
-        c1 = tile + 1 == layout.tiles ? layout.channels : c0 + layout.tile_channels;
-        r0 = chunk * layout.chunk_rows;
-        rows = layout.rows - r0 < layout.chunk_rows ? layout.rows - r0 : layout.chunk_rows;
-        columns = (c1 - c0) * layout.inner;
-        offset = r0 * layout.columns() + c0 * layout.inner;
+        column = tile * layout.tile_width;
+        columns = tile + 1 == layout.tiles ? layout.columns - column : layout.tile_width;
+        rows = layout.rows_of(chunk);
+        offset = chunk * layout.chunk_rows * layout.columns + column;
     }
 };
 
-inline bool as_segments(const Shape &shape) { return !shape.channels_last && shape.inner >= segment_elements; }
+inline bool as_pieces(const Shape &shape) { return !shape.channels_last && shape.inner >= piece_elements; }
 
 // Channels-first with one value per plane lies in memory as channels-last does.
 inline Shape canonical(Shape shape) {
@@ -88,16 +158,14 @@ bool is_large(const Problem &p) {
     return p.shape.elements() * index(sizeof(S)) >= streaming_bytes;
 }
 
-// dβ and dγ: what the planes of each channel contribute, sample after sample.
-inline void sum_over_samples(const Problem &p, const GradientSums *planes) {
-    const index channels = p.shape.channels;
-    for (index c = 0; c < channels; ++c) {
-        p.sum_dz[c] = p.sum_dz_xhat[c] = 0;
-        for (index n = 0; n < p.shape.outer; ++n) {
-            p.sum_dz[c] += planes[n * channels + c].dz;
-            p.sum_dz_xhat[c] += planes[n * channels + c].dz_xhat;
-        }
-    }
+// Asks for the cache line of p; a hint, so p may lie outside every tensor.
+template <class S>
+inline void expect(const S *p) {
+    __builtin_prefetch(p, 0, 3);
+}
+template <class S>
+inline void expect_write(S *p) {
+    __builtin_prefetch(p, 1, 3);
 }
 
 // The element pointers of a call at one offset, null where the call has none.
@@ -113,6 +181,25 @@ struct At {
           y(move(static_cast<S *>(p.y), offset)),
           dx(move(static_cast<S *>(p.dx), offset)),
           dresidual(move(static_cast<S *>(p.dresidual), offset)) {}
+
+    At plus(index offset) const {
+        At other = *this;
+        other.x = move(x, offset), other.residual = move(residual, offset), other.dy = move(dy, offset);
+        other.y = move(y, offset), other.dx = move(dx, offset), other.dresidual = move(dresidual, offset);
+        return other;
+    }
+
+    // What is read, and what is written, at i: wanted soon.
+    void expect_inputs(index i) const {
+        expect(x + i);
+        if (residual) expect(residual + i);
+        if (dy) expect(dy + i);
+    }
+    void expect_outputs(index i) const {
+        if (y) expect_write(y + i);
+        if (dx) expect_write(dx + i);
+        if (dresidual) expect_write(dresidual + i);
+    }
 
   private:
     template <class P>

@@ -85,15 +85,31 @@ inline typename Lanes<V>::wide widen_lanes(const V &v) {
         return __builtin_convertvector(v, typename Lanes<V>::wide);
 }
 
-template <class V, class Values>  // Values: V, or the doubles that it was widened to
-inline double sum_of_lanes(const Values &v) {
-    if constexpr (Lanes<V>::count == 1) {
-        return v;
+template <class V>
+inline V narrow_lanes(const typename Lanes<V>::wide &v) {
+    if constexpr (Lanes<V>::count == 1)
+        return V(v);
+    else
+        return __builtin_convertvector(v, V);
+}
+
+// Of as many doubles as there are lanes, in a tree: the same bits for the same vector.
+template <class Wide>
+inline double sum_of_doubles(const Wide &v) {
+    if constexpr (sizeof v == sizeof(double)) {
+        return bit_cast<double>(v);
     } else {
-        double sum = 0;
-        for (int i = 0; i < Lanes<V>::count; ++i) sum += double(v[i]);
-        return sum;
+        struct Halves {
+            typename VectorOf<double, sizeof(Wide) / 2>::type low, high;
+        };
+        const auto halves = bit_cast<Halves>(v);
+        return sum_of_doubles(halves.low + halves.high);
     }
+}
+
+template <class V>
+inline double sum_of_lanes(const V &v) {
+    return sum_of_doubles(widen_lanes(v));
 }
 
 // exp(x) for |x| <= 87 (float) or 700 (double), to within 2 ulp: x = n·ln 2 + r, Taylor in r.

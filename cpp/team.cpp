@@ -3,6 +3,9 @@
 #include <dlfcn.h>
 #include <omp.h>
 
+#include <atomic>
+#include <vector>
+
 extern "C" void GOMP_parallel(void (*)(void *), void *, unsigned, unsigned);
 
 namespace flatwater {
@@ -17,7 +20,6 @@ constexpr index worth_a_team = 1 << 14;
 struct Runtime {
     void (*parallel)(void (*)(void *), void *, unsigned, unsigned);
     int (*thread)();
-    int (*team_size)();
 };
 
 Runtime find_runtime() {
@@ -25,11 +27,10 @@ Runtime find_runtime() {
     if (void *library = dlopen("libiomp5.so", RTLD_NOW | RTLD_NOLOAD)) {
         auto parallel = reinterpret_cast<decltype(Runtime::parallel)>(dlsym(library, "GOMP_parallel"));
         auto thread = reinterpret_cast<decltype(Runtime::thread)>(dlsym(library, "omp_get_thread_num"));
-        auto team_size = reinterpret_cast<decltype(Runtime::team_size)>(dlsym(library, "omp_get_num_threads"));
-        if (parallel && thread && team_size) return {parallel, thread, team_size};
+        if (parallel && thread) return {parallel, thread};
     }
 #endif
-    return {GOMP_parallel, omp_get_thread_num, omp_get_num_threads};
+    return {GOMP_parallel, omp_get_thread_num};
 }
 
 const Runtime &runtime() {
@@ -39,16 +40,33 @@ const Runtime &runtime() {
 
 index team_threads = 0;  // 0: not asked yet
 
+// What is left of one thread's part: tasks [begin, end), claimed one at a time by whoever comes.
+// On a cache line of its own, for its owner claims from it all the time.
+struct alignas(64) Part {
+    index begin, end;
+    std::atomic<index> claimed{0};
+
+    bool claim(index &task, bool backwards) {
+        const index k = claimed.fetch_add(1, std::memory_order_relaxed);
+        if (k >= end - begin) return false;
+        task = backwards ? end - 1 - k : begin + k;
+        return true;
+    }
+};
+
 struct Work {
-    index tasks;
-    TeamBody body;
+    std::vector<Part> parts;
+    TeamTask task;
     void *context;
+    bool backwards;
 };
 
 void member(void *argument) {
-    const auto &work = *static_cast<Work *>(argument);
-    const index rank = runtime().thread(), size = runtime().team_size();
-    work.body(work.context, work.tasks * rank / size, work.tasks * (rank + 1) / size);
+    auto &work = *static_cast<Work *>(argument);
+    const std::size_t size = work.parts.size(), rank = std::size_t(runtime().thread());
+    // A thread that has come late, or whose processor others use as well, keeps nobody waiting.
+    for (std::size_t i = 0; i < size; ++i)
+        for (index task; work.parts[(rank + i) % size].claim(task, work.backwards);) work.task(work.context, task);
 }
 
 }  // namespace
@@ -60,13 +78,17 @@ index threads() {
     return team_threads;
 }
 
-void run_team(index tasks, index elements, TeamBody body, void *context) {
+void run_team(index tasks, index elements, TeamTask task, void *context, bool backwards) {
     const index size = elements < worth_a_team ? 1 : threads() < tasks ? threads() : tasks;
     if (size <= 1) {
-        body(context, 0, tasks);
+        for (index i = 0; i < tasks; ++i) task(context, backwards ? tasks - 1 - i : i);
         return;
     }
-    Work work{tasks, body, context};
+    Work work{std::vector<Part>(std::size_t(size)), task, context, backwards};
+    for (index i = 0; i < size; ++i) {
+        work.parts[std::size_t(i)].begin = tasks * i / size;
+        work.parts[std::size_t(i)].end = tasks * (i + 1) / size;
+    }
     runtime().parallel(member, &work, static_cast<unsigned>(size), 0);
 }
 

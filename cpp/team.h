@@ -1,5 +1,5 @@
 // Threads. A kernel splits its work into tasks that depend on the shape alone, never on how many
-// threads there are, so the same input gives the same bits whatever the team.
+// threads there are or which of them does what, so the same input gives the same bits whatever the team.
 #pragma once
 
 #include "problem.h"
@@ -9,21 +9,24 @@ namespace flatwater {
 void set_threads(index threads);
 index threads();
 
-using TeamBody = void (*)(void *context, index begin, index end);
+using TeamTask = void (*)(void *context, index task);
 
-// Runs body over [0, tasks), each thread a contiguous part of it; `elements` is the size of the
-// whole work, for a small one is not worth waking a team for.
-void run_team(index tasks, index elements, TeamBody body, void *context);
+// Runs every task of [0, tasks) once. Each thread begins with a part of its own, the same in every call
+// of one size, and then helps the others with theirs; `backwards` starts each part from its end.
+// `elements` is the size of the whole work, for a small one is not worth waking a team for.
+void run_team(index tasks, index elements, TeamTask task, void *context, bool backwards);
 
 template <class F>
 void parallel_for(index tasks, index elements, F &&task) {
     run_team(
-        tasks, elements,
-        [](void *context, index begin, index end) {
-            auto &run = *static_cast<F *>(context);
-            for (index i = begin; i < end; ++i) run(i);
-        },
-        &task);
+        tasks, elements, [](void *context, index i) { (*static_cast<F *>(context))(i); }, &task, false);
+}
+
+// For what a parallel_for before it has left in each thread's cache: the last of it first.
+template <class F>
+void parallel_for_backwards(index tasks, index elements, F &&task) {
+    run_team(
+        tasks, elements, [](void *context, index i) { (*static_cast<F *>(context))(i); }, &task, true);
 }
 
 }  // namespace flatwater

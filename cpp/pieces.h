@@ -1,0 +1,343 @@
+// Loops over the pieces of a channel in channels-first memory: runs of consecutive elements.
+//
+// A piece that is no whole number of vectors ends with a vector that begins earlier: what it writes twice
+// is the same, and where it sums, the lanes that were there before are cleared. A piece narrower than a
+// vector is taken in scalars, by the same loops.
+#pragma once
+
+#include "activation.h"
+#include "layout.h"
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace flatwater::FLATWATER_ISA {
+
+// Squared deviations that a lane sums in its own precision. Short, for when the mean is 10^4 deviations
+// the deviations are multiples of a coarse unit, and roundings of a longer sum of squares all lean one way.
+constexpr index short_run = 16;
+
+template <class S, class V>
+inline V fetch(const S *p) {
+    if constexpr (Lanes<V>::count == 1)
+        return Element<S>::get(p);
+    else
+        return Element<S>::load(p);
+}
+
+template <class S, class V>
+inline void place(S *p, const V &value) {
+    if constexpr (Lanes<V>::count == 1)
+        Element<S>::put(p, value);
+    else
+        Element<S>::store(p, value);
+}
+
+// The lanes [from, to) of a vector whose first lane belongs at p.
+template <class S, class V>
+inline void place_lanes(S *p, const V &value, index from, index to) {
+    S line[Lanes<V>::count];
+    place<S, V>(line, value);
+    for (index i = from; i < to; ++i) p[i] = line[i];
+}
+
+// Writes past the caches: a large result is out of them anyway before somebody reads it, and a
+// plain store would first read from memory what it is going to overwrite.
+template <class S, class V>
+inline void place_streaming(S *p, const V &value) {
+    if constexpr (Lanes<V>::count == 1) {
+        Element<S>::put(p, value);
+    } else {
+        alignas(vector_bytes) S line[Element<S>::width];
+        Element<S>::store(line, value);
+#if defined(__AVX512F__)
+        if constexpr (sizeof line == 64)
+            _mm512_stream_si512(reinterpret_cast<__m512i *>(p), bit_cast<__m512i>(line));
+        else
+#endif
+#if defined(__AVX2__)
+            if constexpr (sizeof line == 32)
+            _mm256_stream_si256(reinterpret_cast<__m256i *>(p), bit_cast<__m256i>(line));
+        else
+#endif
+            __builtin_memcpy(p, line, sizeof line);
+    }
+}
+
+inline void finish_streaming() {
+#if defined(__AVX2__)
+    _mm_sfence();
+#endif
+}
+
+// dz, and on the way x - shift. F: Affine, of one channel or of a vector of them.
+template <class S, class V, Activation A, class F>
+inline V gradient_at(const At<S> &at, index i, const F &f, V &shifted) {
+    shifted = fetch<S, V>(at.x + i) - f.shift;
+    V z = shifted * f.scale + f.offset;
+    if (at.residual) z += fetch<S, V>(at.residual + i);
+    return activation_gradient<A, V>(z, fetch<S, V>(at.dy + i));
+}
+
+// How many elements stand before the first one at which a whole vector can be streamed.
+template <class S>
+inline index unaligned_head(const S *p) {
+    constexpr std::uintptr_t line = sizeof(S) * Element<S>::width;
+    return index((line - reinterpret_cast<std::uintptr_t>(p) % line) % line / sizeof(S));
+}
+
+// The last vector of a piece, where it is not whole: where it begins, and which of its lanes are new.
+template <class V>
+struct Rest {
+    using Bits = typename Lanes<V>::bits;
+    index at;
+    bool any;
+    Bits keep;
+
+    explicit Rest(index length) : at(length - Lanes<V>::count), any(length % Lanes<V>::count != 0), keep{} {
+        if constexpr (Lanes<V>::count > 1)
+            for (index i = 0; i < Lanes<V>::count; ++i) keep[i] = i < Lanes<V>::count - length % Lanes<V>::count ? 0 : -1;
+    }
+    V only_new(const V &v) const { return bit_cast<V>(Bits(bit_cast<Bits>(v) & keep)); }
+};
+
+// Calls body<way>(i) for each whole vector in [begin, end), the ways in turn: 0, 1, … 3.
+template <class V, class Body>
+inline void four_ways(index begin, index end, const Body &body) {
+    constexpr index width = Lanes<V>::count;
+    index i = begin;
+    for (; i + 4 * width <= end; i += 4 * width) {
+        body.template operator()<0>(i);
+        body.template operator()<1>(i + width);
+        body.template operator()<2>(i + 2 * width);
+        body.template operator()<3>(i + 3 * width);
+    }
+    const index left = (end - i) / width;
+    if (left > 0) body.template operator()<0>(i);
+    if (left > 1) body.template operator()<1>(i + width);
+    if (left > 2) body.template operator()<2>(i + 2 * width);
+}
+
+template <class V, class Body>
+inline void two_ways(index begin, index end, const Body &body) {
+    constexpr index width = Lanes<V>::count;
+    index i = begin;
+    for (; i + 2 * width <= end; i += 2 * width) {
+        body.template operator()<0>(i);
+        body.template operator()<1>(i + width);
+    }
+    if (i + width <= end) body.template operator()<0>(i);
+}
+
+template <class V>
+struct Deviations {
+    double sum, squares;  // Σ(x - pivot) and Σ(x - pivot)²
+};
+
+// The mean of a block as its elements' own precision has it, or 0 where there is no such number.
+template <class S, class V>
+typename Element<S>::Compute block_pivot(const S *x, const Pieces &block) {
+    using T = typename Element<S>::Compute;
+    const Rest<V> rest(block.length);
+    V sum[4] = {};
+    for (index n = 0; n < block.count; ++n) {
+        const S *piece = x + n * block.stride;
+        four_ways<V>(0, block.length, [&]<int way>(index i) { sum[way] += fetch<S, V>(piece + i); });
+        if (rest.any) sum[3] += rest.only_new(fetch<S, V>(piece + rest.at));
+    }
+    const T pivot = T(sum_of_lanes<V>((sum[0] + sum[1]) + (sum[2] + sum[3])) / double(block.elements()));
+    return pivot - pivot == 0 ? pivot : T(0);
+}
+
+template <class S, class V>
+Deviations<V> block_deviations(const S *x, const Pieces &block, typename Element<S>::Compute pivot) {
+    using Wide = typename Lanes<V>::wide;
+    constexpr index longest = 2 * short_run * Lanes<V>::count;
+    const Rest<V> rest(block.length);
+    Wide first{}, second{};
+    V run_first[2] = {}, run_second[2] = {};
+    const auto flush = [&] {
+        first += widen_lanes(run_first[0]) + widen_lanes(run_first[1]);
+        second += widen_lanes(run_second[0]) + widen_lanes(run_second[1]);
+        run_first[0] = run_first[1] = run_second[0] = run_second[1] = V{};
+    };
+    index pending = 0;
+    for (index n = 0; n < block.count; ++n) {
+        const S *piece = x + n * block.stride;
+        for (index start = 0; start < block.length; start += longest) {
+            const index end = smaller(block.length, start + longest);
+            pending += end - start + (rest.any && end == block.length ? Lanes<V>::count : 0);
+            if (pending > longest) {
+                flush();
+                pending = end - start;
+            }
+            two_ways<V>(start, end, [&]<int way>(index i) {
+                const V d = fetch<S, V>(piece + i) - pivot;
+                run_first[way] += d;
+                run_second[way] += d * d;
+            });
+        }
+        if (rest.any) {
+            const V d = rest.only_new(fetch<S, V>(piece + rest.at) - pivot);
+            run_first[1] += d;
+            run_second[1] += d * d;
+        }
+    }
+    flush();
+    return {sum_of_doubles(first), sum_of_doubles(second)};
+}
+
+// The same with every square in double: for values so far apart, or so close, that it is no number in float.
+template <class S, class V>
+Deviations<V> wide_deviations(const S *x, const Pieces &block, typename Element<S>::Compute pivot) {
+    using Wide = typename Lanes<V>::wide;
+    const Rest<V> rest(block.length);
+    Wide first{}, second{};
+    const auto add = [&](const V &deviation) {
+        const Wide d = widen_lanes(deviation);
+        first += d;
+        second += d * d;
+    };
+    for (index n = 0; n < block.count; ++n) {
+        const S *piece = x + n * block.stride;
+        two_ways<V>(0, block.length, [&]<int>(index i) { add(fetch<S, V>(piece + i) - pivot); });
+        if (rest.any) add(rest.only_new(fetch<S, V>(piece + rest.at) - pivot));
+    }
+    return {sum_of_doubles(first), sum_of_doubles(second)};
+}
+
+// Two passes: the mean of the block, then deviations from it. A large mean costs no precision.
+template <class S, class V>
+FLATWATER_ONE_COPY
+Moments vector_moments(const S *x, const Pieces &block) {
+    const index n = block.elements();
+    const auto pivot = block_pivot<S, V>(x, block);
+    Deviations<V> found = block_deviations<S, V>(x, block, pivot);
+    if (!squares_are_exact<typename Element<S>::Compute>(found.squares, n, found.sum == 0))
+        found = wide_deviations<S, V>(x, block, pivot);
+    return Moments::of_deviations(n, double(pivot), found.sum, found.squares);
+}
+
+template <class S>
+Moments block_moments(const S *x, const Pieces &block) {
+    using E = Element<S>;
+    return block.length < E::width ? vector_moments<S, typename E::Compute>(x + block.offset, block)
+                                   : vector_moments<S, typename E::Vector>(x + block.offset, block);
+}
+
+// Calls body<V>(i) for vectors that cover a piece, each with the place for what it returns.
+template <class S, class V, bool streaming, class Body>
+inline void fill_piece(S *out, index length, const Body &body) {
+    constexpr index width = Lanes<V>::count;
+    index i = 0;
+    if constexpr (streaming && width > 1) {
+        const index head = unaligned_head(out);
+        if (head) place_lanes<S, V>(out, body(0), 0, head);
+        for (i = head; i + width <= length; i += width) place_streaming<S, V>(out + i, body(i));
+        if (i < length) place_lanes<S, V>(out + length - width, body(length - width), width - (length - i), width);
+    } else {
+        for (; i + width <= length; i += width) place<S, V>(out + i, body(i));
+        if (i < length) place<S, V>(out + length - width, body(length - width));
+    }
+}
+
+// `later` is how far from here lies what is worked on after this: 0 if nothing is.
+template <class S, class V, Activation A, bool streaming>
+FLATWATER_ONE_COPY
+void vector_apply(const At<S> &all, const Pieces &pieces, const Affine<typename Element<S>::Compute> &affine,
+                  index later) {
+    const auto f = affine;
+    for (index n = pieces.count - 1; n >= 0; --n) {  // backwards: what was read last is still in cache
+        const At<S> at = all.plus(pieces.offset + n * pieces.stride);
+        fill_piece<S, V, streaming>(at.y, pieces.length, [=](index i) {
+            at.expect_inputs(i + later);
+            if constexpr (!streaming) at.expect_outputs(i + later);
+            V z = (fetch<S, V>(at.x + i) - f.shift) * f.scale + f.offset;
+            if (at.residual) z += fetch<S, V>(at.residual + i);
+            return activate<A, V>(z);
+        });
+    }
+}
+
+template <class S, Activation A>
+void pieces_apply(const At<S> &at, const Pieces &pieces, const Affine<typename Element<S>::Compute> &f, bool streaming,
+                  index later) {
+    using E = Element<S>;
+    if (pieces.length < E::width) return vector_apply<S, typename E::Compute, A, false>(at, pieces, f, later);
+    if (streaming) return vector_apply<S, typename E::Vector, A, true>(at, pieces, f, later);
+    vector_apply<S, typename E::Vector, A, false>(at, pieces, f, later);
+}
+
+// Σdz and Σdz·(x - shift)·inv_std of a block.
+template <class S, class V, Activation A>
+FLATWATER_ONE_COPY
+GradientSums vector_sums(const At<S> &all, const Pieces &block, const Channel &channel) {
+    using T = typename Element<S>::Compute;
+    const Affine<T> f(channel);
+    const T inv_std = T(channel.inv_std);
+    const Rest<V> rest(block.length);
+    V sum[2] = {}, product[2] = {};
+    for (index n = 0; n < block.count; ++n) {
+        const At<S> at = all.plus(block.offset + n * block.stride);
+        two_ways<V>(0, block.length, [&]<int way>(index i) {
+            V shifted;
+            const V dz = gradient_at<S, V, A>(at, i, f, shifted);
+            sum[way] += dz;
+            product[way] += dz * (shifted * inv_std);
+        });
+        if (rest.any) {
+            V shifted;
+            const V dz = gradient_at<S, V, A>(at, rest.at, f, shifted);
+            sum[1] += rest.only_new(dz);
+            product[1] += rest.only_new(dz * (shifted * inv_std));
+        }
+    }
+    return {sum_of_lanes<V>(sum[0] + sum[1]), sum_of_lanes<V>(product[0] + product[1])};
+}
+
+template <class S, Activation A>
+GradientSums block_sums(const At<S> &at, const Pieces &block, const Channel &channel) {
+    using E = Element<S>;
+    return block.length < E::width ? vector_sums<S, typename E::Compute, A>(at, block, channel)
+                                   : vector_sums<S, typename E::Vector, A>(at, block, channel);
+}
+
+template <class S, class V, Activation A, bool streaming>
+FLATWATER_ONE_COPY
+void vector_gradient(const At<S> &all, const Pieces &pieces, const Affine<typename Element<S>::Compute> &affine,
+                     const Gradient<typename Element<S>::Compute> &gradient, index later) {
+    const auto f = affine;
+    const auto g = gradient;
+    for (index n = pieces.count - 1; n >= 0; --n) {
+        const At<S> at = all.plus(pieces.offset + n * pieces.stride);
+        const auto gradient = [=](index i, V &shifted) {
+            at.expect_inputs(i + later);
+            if constexpr (!streaming) at.expect_outputs(i + later);
+            return gradient_at<S, V, A>(at, i, f, shifted);
+        };
+        if (!at.dx) {
+            fill_piece<S, V, streaming>(at.dresidual, pieces.length, [=](index i) {
+                V shifted;
+                return gradient(i, shifted);
+            });
+            continue;
+        }
+        fill_piece<S, V, streaming>(at.dx, pieces.length, [=](index i) {
+            V shifted;
+            const V dz = gradient(i, shifted);
+            if (at.dresidual) place<S, V>(at.dresidual + i, dz);
+            return V(dz * g.dz_scale + ((shifted * g.inv_std) * g.x_scale + g.offset));
+        });
+    }
+}
+
+template <class S, Activation A>
+void pieces_gradient(const At<S> &at, const Pieces &pieces, const Affine<typename Element<S>::Compute> &f,
+                     const Gradient<typename Element<S>::Compute> &g, bool streaming, index later) {
+    using E = Element<S>;
+    if (pieces.length < E::width) return vector_gradient<S, typename E::Compute, A, false>(at, pieces, f, g, later);
+    if (streaming) return vector_gradient<S, typename E::Vector, A, true>(at, pieces, f, g, later);
+    vector_gradient<S, typename E::Vector, A, false>(at, pieces, f, g, later);
+}
+
+}  // namespace flatwater::FLATWATER_ISA
