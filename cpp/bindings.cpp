@@ -3,6 +3,7 @@
 #include <nanobind/stl/string.h>
 
 #include <cstdlib>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -76,6 +77,19 @@ void def_kernel(nb::module_ &m, const char *name) {
         nb::call_guard<nb::gil_scoped_release>());
 }
 
+// Where a dense, writable or read-only array of `size` doubles begins; None if the object is none.
+nb::object doubles(nb::handle array, index size) {
+    Py_buffer view;
+    if (PyObject_GetBuffer(array.ptr(), &view, PyBUF_FORMAT | PyBUF_C_CONTIGUOUS) != 0) {
+        PyErr_Clear();
+        return nb::none();
+    }
+    const bool fits = view.ndim == 1 && view.shape[0] == size && std::strcmp(view.format, "d") == 0;
+    const auto address = reinterpret_cast<Address>(view.buf);
+    PyBuffer_Release(&view);
+    return fits ? nb::int_(address) : nb::object(nb::none());
+}
+
 template <class T>
 void store_as(const double *values, Address target, index size) {
     for (index i = 0; i < size; ++i) reinterpret_cast<T *>(target)[i] = T(values[i]);
@@ -142,6 +156,7 @@ NB_MODULE(_cpu, m) {
             is_double ? store_as<double>(from, target, size) : store_as<float>(from, target, size);
         },
         "values"_a, "target"_a, "is_double"_a, "size"_a);
+    m.def("doubles", &doubles, "array"_a, "size"_a);
     m.def("isa", [] { return std::string(kernels().isa); });
     m.def("threads", &threads);
     m.def("set_threads", &set_threads, "threads"_a);

@@ -241,17 +241,21 @@ inline void fill_piece(S *out, index length, const Body &body) {
     }
 }
 
+// Output planes this long are written as a stream that the processor sees for itself.
+constexpr index stream_elements = 512;
+
 // `later` is how far from here lies what is worked on after this: 0 if nothing is.
 template <class S, class V, Activation A, bool streaming>
 FLATWATER_ONE_COPY
 void vector_apply(const At<S> &all, const Pieces &pieces, const Affine<typename Element<S>::Compute> &affine,
                   index later) {
     const auto f = affine;
+    const index written = pieces.length < stream_elements ? later : 0;
     for (index n = pieces.count - 1; n >= 0; --n) {  // backwards: what was read last is still in cache
         const At<S> at = all.plus(pieces.offset + n * pieces.stride);
         fill_piece<S, V, streaming>(at.y, pieces.length, [=](index i) {
             at.expect_inputs(i + later);
-            if constexpr (!streaming) at.expect_outputs(i + later);
+            if constexpr (!streaming) at.expect_outputs(i + written);
             V z = (fetch<S, V>(at.x + i) - f.shift) * f.scale + f.offset;
             if (at.residual) z += fetch<S, V>(at.residual + i);
             return activate<A, V>(z);
@@ -308,11 +312,12 @@ void vector_gradient(const At<S> &all, const Pieces &pieces, const Affine<typena
                      const Gradient<typename Element<S>::Compute> &gradient, index later) {
     const auto f = affine;
     const auto g = gradient;
+    const index written = pieces.length < stream_elements ? later : 0;
     for (index n = pieces.count - 1; n >= 0; --n) {
         const At<S> at = all.plus(pieces.offset + n * pieces.stride);
         const auto gradient = [=](index i, V &shifted) {
             at.expect_inputs(i + later);
-            if constexpr (!streaming) at.expect_outputs(i + later);
+            if constexpr (!streaming) at.expect_outputs(i + written);
             return gradient_at<S, V, A>(at, i, f, shifted);
         };
         if (!at.dx) {

@@ -19,8 +19,8 @@ from __future__ import annotations
 
 from flatwater.errors import InputError
 from flatwater.kernels import _cpu
-from flatwater.kernels.buffer import Buffer, Vector, address
-from flatwater.kernels.launch import Statistics, check_statistics, prepare, run
+from flatwater.kernels.buffer import Buffer, Vector
+from flatwater.kernels.launch import Statistics, check_statistics, doubles, prepare, run
 from flatwater.spec import Activation
 
 __all__ = [
@@ -175,22 +175,17 @@ def update_running(
             value has no unbiased variance; its biased one, 0, is taken.
     """
     size = running_mean.size
-    if running_variance[1:] != running_mean[1:] or mean.shape != (size,) or m2.shape != (size,):
+    if running_variance[1:] != running_mean[1:]:
         raise InputError(
-            f"running statistics of {size} and {running_variance.size} values do not fit "
-            f"batch statistics of {mean.size} and {m2.size}; give one value per channel, of one dtype"
-        )
-    if any(array.dtype != "float64" or not array.flags.c_contiguous for array in (mean, m2)):
-        raise InputError(
-            f"batch statistics of dtype {mean.dtype} and {m2.dtype} must be dense float64 arrays; "
-            "use numpy.ascontiguousarray"
+            f"running statistics of {size} {running_mean.dtype} and {running_variance.size} {running_variance.dtype} "
+            "values; give one value per channel, of one dtype"
         )
     _cpu.update_running(
         running_mean.pointer,
         running_variance.pointer,
         running_mean.dtype == "float64",
-        address(mean),
-        address(m2),
+        doubles(mean, size, "mean"),
+        doubles(m2, size, "m2"),
         size,
         count,
         momentum,
@@ -200,9 +195,8 @@ def update_running(
 
 def store(values: Statistics, target: Vector) -> None:
     """Round a float64 array into the memory of a parameter's gradient."""
-    if values.shape != (target.size,) or values.dtype != "float64" or not values.flags.c_contiguous:
-        raise InputError(f"{values.dtype} values of shape {values.shape} do not fit a vector of {target.size}")
-    _cpu.store(address(values), target.pointer, target.dtype == "float64", target.size)
+    address = doubles(values, target.size, "the array to store")
+    _cpu.store(address, target.pointer, target.dtype == "float64", target.size)
 
 
 def _count(x: Buffer) -> int:

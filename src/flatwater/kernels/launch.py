@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from flatwater.errors import BackendError, InputError
 from flatwater.kernels import _cpu
-from flatwater.kernels.buffer import DTYPES, Buffer, Vector, address
+from flatwater.kernels.buffer import DTYPES, Buffer, Vector
 from flatwater.spec import ACTIVATIONS, Activation
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "available",
     "check_groups",
     "check_statistics",
+    "doubles",
     "isa",
     "prepare",
     "run",
@@ -108,11 +109,21 @@ def prepare(
 def check_statistics(call: _cpu.Call, size: int, **arrays: Statistics) -> None:
     """Give the call its arrays of statistics: dense float64, ``size`` values each."""
     for name, array in arrays.items():
-        if array.dtype != np.float64 or array.shape != (size,) or not array.flags.c_contiguous:
-            raise InputError(
-                f"{name} has dtype {array.dtype} and shape {array.shape}; it must be a dense float64 array of ({size},)"
-            )
-        setattr(call, name, address(array))
+        setattr(call, name, doubles(array, size, name))
+
+
+def doubles(array: Statistics, size: int, name: str) -> int:
+    """Where the array of ``size`` dense float64 values begins.
+
+    Raises:
+        InputError: it is something else.
+    """
+    address = _cpu.doubles(array, size)
+    if address is None:
+        raise InputError(
+            f"{name} has dtype {array.dtype} and shape {array.shape}; it must be a dense float64 array of ({size},)"
+        )
+    return address
 
 
 def check_groups(x: Buffer, groups: int) -> None:

@@ -19,6 +19,7 @@ from flatwater import kernels
 from flatwater.kernels import Buffer, Statistics, Vector
 from flatwater.paddle.calls import BatchNormCall, NormCall
 from flatwater.paddle.composite import composite_gradients
+from flatwater.paddle.dtypes import dtype_name
 from flatwater.paddle.pruning import asked_for
 from flatwater.spec import NormSpec
 
@@ -123,15 +124,11 @@ def _settings(
 def _buffer(tensor: paddle.Tensor, call: NormCall) -> Buffer:
     outer, *rest = tensor.shape
     channels = rest.pop() if call.channels_last else rest.pop(0)
-    return Buffer(tensor.data_ptr(), _dtype(tensor), (outer, channels, prod(rest)), call.channels_last)
+    return Buffer(tensor.data_ptr(), dtype_name(tensor), (outer, channels, prod(rest)), call.channels_last)
 
 
 def _vector(tensor: paddle.Tensor) -> Vector:
-    return Vector(tensor.data_ptr(), _dtype(tensor), tensor.shape[0])
-
-
-def _dtype(tensor: paddle.Tensor) -> str:
-    return str(tensor.dtype).removeprefix("paddle.")
+    return Vector(tensor.data_ptr(), dtype_name(tensor), tensor.shape[0])
 
 
 def _stored(values: Statistics, like: paddle.Tensor) -> paddle.Tensor:

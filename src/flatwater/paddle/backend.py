@@ -9,6 +9,7 @@ from typing import Literal
 import paddle
 
 from flatwater.kernels import available
+from flatwater.paddle.dtypes import dtype_name
 
 __all__ = ["Backend", "choose_backend", "is_replay"]
 
@@ -27,9 +28,10 @@ def choose_backend(x: paddle.Tensor, parameters: list[paddle.Tensor], *, trainin
     """
     if not (training and paddle.in_dynamic_mode()) or not isinstance(x, paddle.Tensor):
         return "paddle"
-    if not all(tensor.place.is_cpu_place() for tensor in (x, *parameters)):
-        return "paddle"
-    return "flatwater" if available(str(x.dtype).removeprefix("paddle.")) else "paddle"
+    for tensor in (x, *parameters):
+        if not tensor.place.is_cpu_place():
+            return "paddle"
+    return "flatwater" if available(dtype_name(x)) else "paddle"
 
 
 @paddle.jit.not_to_static

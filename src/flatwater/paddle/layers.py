@@ -84,11 +84,12 @@ class _BatchNorm(NormLayer):
             InputError: wrong rank, channel count or dtype, or a residual that does not fit.
             SingleValueError: training with one value per channel, under ``single_value="error"``.
         """
-        self._check(x, residual)
+        tensors = self._norm_tensors()
+        self._check(x, residual, tensors)
         by_batch = normalizes_by_batch(self, training=self.training)
         if by_batch and self._has_single_value(x):
             return self._finish(x, residual)
-        if self._backend(x) == "paddle":
+        if self._backend(x, tensors) == "paddle":
             return self._finish(self._paddle_batch_norm(x, by_batch=by_batch), residual)
         return self._kernel_batch_norm(x, residual, by_batch=by_batch)
 
@@ -201,8 +202,9 @@ class _SampleNorm(NormLayer):
         Raises:
             InputError: wrong rank, channel count or dtype, or a residual that does not fit.
         """
-        self._check(x, residual)
-        if self._backend(x) == "paddle":
+        tensors = self._norm_tensors()
+        self._check(x, residual, tensors)
+        if self._backend(x, tensors) == "paddle":
             return self._finish(self._paddle_norm(x), residual)
         spec = self._spec()
         call = GroupNormCall.over_samples(
@@ -320,4 +322,4 @@ def backend_of(layer: paddle.nn.Layer, x: paddle.Tensor) -> Backend:
             f"backend_of got a {type(layer).__name__}, which is not a norm layer of flatwater.paddle; "
             "give it one, or convert the model with fw.convert(model)"
         )
-    return layer._backend(x)
+    return layer._backend(x, layer._norm_tensors())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import paddle
 
@@ -34,12 +35,7 @@ class NormLayer(paddle.nn.Layer):
         self._spec()
 
     def _spec(self) -> NormSpec:
-        return NormSpec(
-            epsilon=self._epsilon,
-            momentum=getattr(self, "_momentum", 0.9),
-            single_value=self._single_value,
-            activation=canonical_activation(self._act),
-        )
+        return _spec_of(self._epsilon, getattr(self, "_momentum", 0.9), self._single_value, self._act)
 
     def _format(self) -> str:
         return str(getattr(self, "_data_layout", None) or self._data_format)
@@ -56,14 +52,23 @@ class NormLayer(paddle.nn.Layer):
 
     def _norm_tensors(self) -> list[paddle.Tensor]:
         """Parameters and moving statistics, as far as the layer has them."""
-        tensors = (*self._affine(), getattr(self, "_mean", None), getattr(self, "_variance", None))
+        tensors = [*self._affine(), getattr(self, "_mean", None), getattr(self, "_variance", None)]
         return [tensor for tensor in tensors if tensor is not None]
 
     def _label(self) -> str:
         return f"{type(self).__name__} {self.full_name()!r}"
 
     @paddle.jit.not_to_static
-    def _check(self, x: paddle.Tensor, residual: paddle.Tensor | None) -> None:
+    def _check(self, x: paddle.Tensor, residual: paddle.Tensor | None, tensors: list[paddle.Tensor]) -> None:
+        """Raise InputError unless the layer, whose parameters and statistics ``tensors`` are, takes these inputs."""
+        inputs = [(tensor.shape, tensor.dtype) for tensor in (x, residual, *tensors[:1]) if tensor is not None]
+        if inputs == self.__dict__.get("_accepted"):
+            return  # as in nearly every step
+        self._check_anew(x, residual, tensors)
+        if isinstance(x, paddle.Tensor):
+            self.__dict__["_accepted"] = inputs
+
+    def _check_anew(self, x: paddle.Tensor, residual: paddle.Tensor | None, tensors: list[paddle.Tensor]) -> None:
         # In code that to_static rewrites sizes would be tensors; here they are numbers, -1 where not known yet.
         dtype = str(x.dtype).removeprefix("paddle.").rpartition(".")[2].lower()
         rank = len(x.shape)
@@ -81,15 +86,15 @@ class NormLayer(paddle.nn.Layer):
         check_residual_shape(self._label, x, residual)
         if residual is not None and residual.dtype != x.dtype:
             raise InputError(f"{self._label()} got a {residual.dtype} residual for {x.dtype} input; cast one of them")
-        for parameter in self._norm_tensors():
+        for parameter in tensors:
             if (dtype == "float64") != (parameter.dtype == paddle.float64):
                 raise InputError(
                     f"{self._label()} has {parameter.dtype} parameters but got {dtype} input; "
                     f"cast the input, or the layer with layer.to(dtype={dtype!r})"
                 )
 
-    def _backend(self, x: paddle.Tensor) -> Backend:
-        return choose_backend(x, self._norm_tensors(), training=self.training)
+    def _backend(self, x: paddle.Tensor, tensors: list[paddle.Tensor]) -> Backend:
+        return choose_backend(x, tensors, training=self.training)
 
     def _finish(self, z: paddle.Tensor, residual: paddle.Tensor | None) -> paddle.Tensor:
         return activate(z if residual is None else z + residual, canonical_activation(self._act))
@@ -100,6 +105,11 @@ class NormLayer(paddle.nn.Layer):
         parts += [f"act={self._act}"] if self._act else []
         parts += [f"single_value={self._single_value}"] if self._single_value != "error" else []
         return ", ".join(part for part in parts if part)
+
+
+@lru_cache(maxsize=1024)
+def _spec_of(epsilon: float, momentum: float, single_value: SingleValue, act: str | None) -> NormSpec:
+    return NormSpec(epsilon, momentum, single_value=single_value, activation=canonical_activation(act))
 
 
 @paddle.jit.not_to_static
