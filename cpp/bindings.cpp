@@ -1,4 +1,4 @@
-// The only file that knows Python. Checks stand in flatwater/kernels/*.py: here pointers are believed.
+// The kernels for Python. Checks stand in flatwater/kernels/*.py: here pointers are believed.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 
@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "pool_bindings.h"
 #include "problem.h"
 #include "team.h"
 
@@ -160,6 +161,7 @@ NB_MODULE(_cpu, m) {
     m.def("isa", [] { return std::string(kernels().isa); });
     m.def("threads", &threads);
     m.def("set_threads", &set_threads, "threads"_a);
+    bind_pool(m);
 }
 
 }  // namespace flatwater

@@ -3,9 +3,10 @@
 A :class:`Buffer` says where a tensor lies, a :class:`Vector` where a parameter lies; statistics are
 float64 NumPy arrays. The kernels run on the CPU, in the best instruction set that it has, on as many
 threads as OpenMP may use, without the interpreter's lock, and give the same bits for any number of
-threads.
+threads. :mod:`~flatwater.kernels.pool` is memory for what they fill.
 """
 
+from flatwater.kernels import pool
 from flatwater.kernels.batch import (
     batch_gradient_sums,
     batch_input_gradient,
@@ -36,6 +37,7 @@ __all__ = [
     "group_normalize",
     "group_statistics",
     "isa",
+    "pool",
     "set_threads",
     "store",
     "threads",

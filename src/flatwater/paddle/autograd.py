@@ -16,10 +16,12 @@ from paddle.autograd import PyLayer
 from paddle.jit.sot.psdb import fallback
 
 from flatwater import kernels
+from flatwater.errors import InputError
 from flatwater.kernels import Buffer, Statistics, Vector
 from flatwater.paddle.calls import BatchNormCall, NormCall
 from flatwater.paddle.composite import composite_gradients
 from flatwater.paddle.dtypes import dtype_name
+from flatwater.paddle.memory import empty_like
 from flatwater.paddle.pruning import asked_for
 from flatwater.spec import NormSpec
 
@@ -69,8 +71,9 @@ class _Norm(PyLayer):
         ctx.save_for_backward(*[tensor for tensor in tensors if tensor is not None])
 
         x, residual = x.contiguous(), None if residual is None else residual.contiguous()
-        y = paddle.empty_like(x)
-        call.forward(_buffer(x, call), _buffer(y, call), **_settings(weight, bias, residual, call))
+        y = empty_like(x)
+        memory = _Memory(x, call)
+        call.forward(memory.of(x), memory.of(y), **_parameters(weight, bias), residual=memory.of(residual))
         return y
 
     @staticmethod
@@ -92,39 +95,51 @@ def _kernel_gradients(
     x, weight, bias, residual = tensors
     x, dy = x.contiguous(), dy.contiguous()
     residual = None if residual is None else residual.contiguous()
-    dx = paddle.empty_like(x) if needed[0] else None
-    dresidual = paddle.empty_like(x) if needed[3] else None
-    channels = x.shape[-1 if call.channels_last else 1]
-    sum_dz, sum_dz_xhat = np.zeros(channels), np.zeros(channels)
+    dx = empty_like(x) if needed[0] else None
+    dresidual = empty_like(x) if needed[3] else None
+    memory = _Memory(x, call)
+    sum_dz, sum_dz_xhat = np.zeros(memory.channels), np.zeros(memory.channels)
     call.backward(
-        _buffer(dy, call),
-        _buffer(x, call),
-        None if dx is None else _buffer(dx, call),
-        None if dresidual is None else _buffer(dresidual, call),
+        memory.of(dy),
+        memory.of(x),
+        memory.of(dx),
+        memory.of(dresidual),
         sum_dz=sum_dz,
         sum_dz_xhat=sum_dz_xhat,
-        **_settings(weight, bias, residual, call),
+        **_parameters(weight, bias),
+        residual=memory.of(residual),
     )
     dweight = _stored(sum_dz_xhat, weight) if needed[1] else None
     dbias = _stored(sum_dz, bias) if needed[2] else None
     return dx, dweight, dbias, dresidual
 
 
-def _settings(
-    weight: paddle.Tensor | None, bias: paddle.Tensor | None, residual: paddle.Tensor | None, call: NormCall
-) -> dict[str, Any]:
+class _Memory:
+    """How the kernels see x, and every other dense tensor that is like it."""
+
+    def __init__(self, x: paddle.Tensor, call: NormCall) -> None:
+        outer, *rest = x.shape
+        self.channels = rest.pop() if call.channels_last else rest.pop(0)
+        self._like = (x.shape, x.dtype)
+        self._rest = (dtype_name(x), (outer, self.channels, prod(rest)), call.channels_last)
+
+    def of(self, tensor: paddle.Tensor | None) -> Buffer | None:
+        if tensor is None:
+            return None
+        if (tensor.shape, tensor.dtype) != self._like:
+            shape, dtype = self._like
+            raise InputError(
+                f"a {tensor.dtype} tensor of shape {list(tensor.shape)} came to a norm layer whose input is {dtype} of "
+                f"shape {list(shape)}; let the hook that made it keep both"
+            )
+        return Buffer(tensor.data_ptr(), *self._rest)
+
+
+def _parameters(weight: paddle.Tensor | None, bias: paddle.Tensor | None) -> dict[str, Vector | None]:
     return {
         "weight": None if weight is None else _vector(weight),
         "bias": None if bias is None else _vector(bias),
-        "residual": None if residual is None else _buffer(residual, call),
-        "activation": call.activation,
     }
-
-
-def _buffer(tensor: paddle.Tensor, call: NormCall) -> Buffer:
-    outer, *rest = tensor.shape
-    channels = rest.pop() if call.channels_last else rest.pop(0)
-    return Buffer(tensor.data_ptr(), dtype_name(tensor), (outer, channels, prod(rest)), call.channels_last)
 
 
 def _vector(tensor: paddle.Tensor) -> Vector:
@@ -132,6 +147,6 @@ def _vector(tensor: paddle.Tensor) -> Vector:
 
 
 def _stored(values: Statistics, like: paddle.Tensor) -> paddle.Tensor:
-    gradient = paddle.empty_like(like)
+    gradient = empty_like(like)
     kernels.store(values, _vector(gradient))
     return gradient

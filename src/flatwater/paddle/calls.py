@@ -61,16 +61,31 @@ class BatchNormCall:
     def forward(self, x: Buffer, y: Buffer, **settings: Any) -> None:
         """Fill ``y``, and the statistics unless they are constants."""
         if self.frozen:
-            kernels.batch_normalize(x, y, mean=self.mean, inv_std=self.inv_std, **settings)
+            kernels.batch_normalize(x, y, mean=self.mean, inv_std=self.inv_std, activation=self.activation, **settings)
             return
         self.count = kernels.batch_norm_forward(
-            x, y, mean=self.mean, m2=self.m2, inv_std=self.inv_std, epsilon=self.epsilon, **settings
+            x,
+            y,
+            mean=self.mean,
+            m2=self.m2,
+            inv_std=self.inv_std,
+            epsilon=self.epsilon,
+            activation=self.activation,
+            **settings,
         )
 
     def backward(self, dy: Buffer, x: Buffer, dx: Buffer | None, dresidual: Buffer | None, **settings: Any) -> None:
         """Fill ``dx`` and ``dresidual``, where they are wanted, and the sums."""
         kernels.batch_norm_backward(
-            dy, x, dx, dresidual, mean=self.mean, inv_std=self.inv_std, frozen=self.frozen, **settings
+            dy,
+            x,
+            dx,
+            dresidual,
+            mean=self.mean,
+            inv_std=self.inv_std,
+            frozen=self.frozen,
+            activation=self.activation,
+            **settings,
         )
 
 
@@ -109,13 +124,22 @@ class GroupNormCall:
             m2=self.m2,
             inv_std=self.inv_std,
             epsilon=self.epsilon,
+            activation=self.activation,
             **settings,
         )
 
     def backward(self, dy: Buffer, x: Buffer, dx: Buffer | None, dresidual: Buffer | None, **settings: Any) -> None:
         """Fill ``dx`` and ``dresidual``, where they are wanted, and the sums."""
         kernels.group_norm_backward(
-            dy, x, dx, dresidual, groups=self.groups, mean=self.mean, inv_std=self.inv_std, **settings
+            dy,
+            x,
+            dx,
+            dresidual,
+            groups=self.groups,
+            mean=self.mean,
+            inv_std=self.inv_std,
+            activation=self.activation,
+            **settings,
         )
 
 
