@@ -59,7 +59,7 @@ def step(layer: paddle.nn.Layer, x: np.ndarray, dy: np.ndarray, residual: np.nda
 
 def oracle(layer: Any, x: np.ndarray, dy: np.ndarray, residual: np.ndarray | None = None) -> Step:
     """The same step by the float64 reference; the layer's own values are only read."""
-    weight, bias = (None if tensor is None else tensor.numpy() for tensor in layer._affine())
+    weight, bias = (None if tensor is None else tensor.numpy() for tensor in layer._held()[:2])
     axis = x.ndim - 1 if layer._channels_last() and x.ndim > 2 else 1
     options: dict[str, Any] = {
         "weight": weight,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +35,7 @@ def available(dtype: str) -> bool:
     return dtype in DTYPES
 
 
+@cache
 def isa() -> str:
     """The instruction set in use: ``"avx512"``, ``"avx2"`` or ``"baseline"``.
 

@@ -15,6 +15,14 @@ __all__ = ["Backend", "choose_backend", "is_replay"]
 
 Backend = Literal["flatwater", "paddle"]
 
+# Paddle asks half a microsecond for the place of a tensor, and a wheel for the CPU knows only one.
+_OTHER_DEVICES = bool(
+    paddle.is_compiled_with_cuda()
+    or paddle.is_compiled_with_rocm()
+    or paddle.is_compiled_with_xpu()
+    or paddle.device.get_all_custom_device_type()
+)
+
 
 @paddle.jit.not_to_static
 def choose_backend(x: paddle.Tensor, parameters: list[paddle.Tensor], *, training: bool) -> Backend:
@@ -28,9 +36,8 @@ def choose_backend(x: paddle.Tensor, parameters: list[paddle.Tensor], *, trainin
     """
     if not (training and paddle.in_dynamic_mode()) or not isinstance(x, paddle.Tensor):
         return "paddle"
-    for tensor in (x, *parameters):
-        if not tensor.place.is_cpu_place():
-            return "paddle"
+    if _OTHER_DEVICES and not all(tensor.place.is_cpu_place() for tensor in (x, *parameters)):
+        return "paddle"
     return "flatwater" if available(dtype_name(x)) else "paddle"
 
 

@@ -31,7 +31,7 @@ from flatwater.paddle.backend import Backend, is_replay
 from flatwater.paddle.calls import BatchNormCall, GroupNormCall
 from flatwater.paddle.composite import exportable_group_norm
 from flatwater.paddle.kinds import normalizes_by_batch
-from flatwater.paddle.norm import NormLayer
+from flatwater.paddle.norm import Held, Input, NormLayer
 from flatwater.spec import SingleValue
 
 __all__ = [
@@ -84,42 +84,43 @@ class _BatchNorm(NormLayer):
             InputError: wrong rank, channel count or dtype, or a residual that does not fit.
             SingleValueError: training with one value per channel, under ``single_value="error"``.
         """
-        tensors = self._norm_tensors()
-        self._check(x, residual, tensors)
+        held = self._held()
+        found = self._check(x, residual, held)
         by_batch = normalizes_by_batch(self, training=self.training)
-        if by_batch and self._has_single_value(x):
+        if by_batch and found.single_value:
+            self._refuse_single_value(x)
             return self._finish(x, residual)
-        if self._backend(x, tensors) == "paddle":
+        if self._backend(x, held) == "paddle":
             return self._finish(self._paddle_batch_norm(x, by_batch=by_batch), residual)
-        return self._kernel_batch_norm(x, residual, by_batch=by_batch)
+        return self._kernel_batch_norm(x, residual, held, found, by_batch=by_batch)
 
-    def _has_single_value(self, x: paddle.Tensor) -> bool:
-        shape = list(x.shape)
-        del shape[-1 if self._channels_last() else 1]
-        if any(size != 1 for size in shape):  # a size of -1 is not known while a graph is captured
-            return False
-        if self._single_value == "passthrough":
-            return True
-        raise SingleValueError(
-            f"{self._label()} got one value per channel (input shape {list(x.shape)}) in training, of which no "
-            "variance exists; use a larger batch, eval() or freezing, GroupNorm, "
-            "or single_value='passthrough' to hand x through as Paddle does"
-        )
+    def _held(self) -> Held:
+        return Held(self._tensor("weight"), self._tensor("bias"), self._tensor("_mean"), self._tensor("_variance"))
 
-    def _kernel_batch_norm(self, x: paddle.Tensor, residual: paddle.Tensor | None, *, by_batch: bool) -> paddle.Tensor:
+    def _refuse_single_value(self, x: paddle.Tensor) -> None:
+        if self._single_value == "error":
+            raise SingleValueError(
+                f"{self._label()} got one value per channel (input shape {list(x.shape)}) in training, of which no "
+                "variance exists; use a larger batch, eval() or freezing, GroupNorm, "
+                "or single_value='passthrough' to hand x through as Paddle does"
+            )
+
+    def _kernel_batch_norm(
+        self, x: paddle.Tensor, residual: paddle.Tensor | None, held: Held, found: Input, *, by_batch: bool
+    ) -> paddle.Tensor:
         spec = self._spec()
+        weight, bias, mean, variance = held
         settings: dict[str, Any] = {
-            "channels_last": self._channels_last(),
+            "channels_last": found.channels_last,
             "activation": spec.activation,
             "epsilon": spec.epsilon,
         }
         if not by_batch:
-            call = BatchNormCall.with_constants(self._mean, self._variance, **settings)
-            return normalize(x, *self._affine(), residual, call)
-        call = BatchNormCall.over_batch(self._channels(), **settings)
-        y = normalize(x, *self._affine(), residual, call)
+            return normalize(x, weight, bias, residual, BatchNormCall.with_constants(mean, variance, **settings))
+        call = BatchNormCall.over_batch(found.channels, **settings)
+        y = normalize(x, weight, bias, residual, call)
         if not is_replay():
-            update_running(self._mean, self._variance, call, spec)
+            update_running(mean, variance, call, spec)
         return y
 
     def _paddle_batch_norm(self, x: paddle.Tensor, *, by_batch: bool) -> paddle.Tensor:
@@ -202,19 +203,22 @@ class _SampleNorm(NormLayer):
         Raises:
             InputError: wrong rank, channel count or dtype, or a residual that does not fit.
         """
-        tensors = self._norm_tensors()
-        self._check(x, residual, tensors)
-        if self._backend(x, tensors) == "paddle":
+        held = self._held()
+        found = self._check(x, residual, held)
+        if self._backend(x, held) == "paddle":
             return self._finish(self._paddle_norm(x), residual)
         spec = self._spec()
         call = GroupNormCall.over_samples(
             x.shape[0],
             groups=self._groups(),
-            channels_last=self._channels_last(),
+            channels_last=found.channels_last,
             activation=spec.activation,
             epsilon=spec.epsilon,
         )
-        return normalize(x, *self._affine(), residual, call)
+        return normalize(x, held.weight, held.bias, residual, call)
+
+    def _held(self) -> Held:
+        return Held(self._tensor("weight"), self._tensor("bias"))
 
 
 class GroupNorm(_SampleNorm, paddle.nn.GroupNorm):
@@ -270,8 +274,8 @@ class _InstanceNorm(_SampleNorm):
         super().__init__(*args, **kwargs)
         self._extend(act)
 
-    def _affine(self) -> tuple[paddle.Tensor | None, paddle.Tensor | None]:
-        return self.scale, self.bias
+    def _held(self) -> Held:
+        return Held(self._tensor("scale"), self._tensor("bias"))
 
     def _channels(self) -> int:
         return int(self._num_features)
@@ -322,4 +326,4 @@ def backend_of(layer: paddle.nn.Layer, x: paddle.Tensor) -> Backend:
             f"backend_of got a {type(layer).__name__}, which is not a norm layer of flatwater.paddle; "
             "give it one, or convert the model with fw.convert(model)"
         )
-    return layer._backend(x, layer._norm_tensors())
+    return layer._backend(x, layer._held())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from math import prod
 
 import paddle
@@ -11,11 +13,24 @@ from paddle.base.core import eager, from_dlpack
 from flatwater.kernels import pool
 from flatwater.paddle.dtypes import dtype_name
 
-__all__ = ["POOLED_BYTES", "empty_like"]
+__all__ = ["empty_like", "pooled_from"]
 
-POOLED_BYTES = 1 << 18
-"""A tensor from this size on lies in the pool. Smaller ones stay with the C library's allocator, which keeps their
-memory by itself and which Paddle reaches in 1 µs instead of 5."""
+_CPU = paddle.CPUPlace()
+
+
+def pooled_from(environment: Mapping[str, str]) -> int:
+    """The size in bytes from which a tensor lies in the pool.
+
+    Smaller ones stay with the C library's allocator, which Paddle reaches in 1 µs instead of 5, and which keeps their
+    memory by itself: up to a quarter MiB, or as far as it was told to when the process started (``flatwater run``
+    tells it). Then norms and convolutions share what one of them has freed, while it is still in a cache.
+    """
+    told = [environment.get(name, "") for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")]
+    kept = min(int(size) if size.isdigit() else 0 for size in told)
+    return max(kept, 1 << 18)
+
+
+_POOLED_FROM = pooled_from(os.environ)
 
 
 def empty_like(tensor: paddle.Tensor) -> paddle.Tensor:
@@ -26,6 +41,6 @@ def empty_like(tensor: paddle.Tensor) -> paddle.Tensor:
     """
     # Both roads are those of paddle.empty_like and paddle.utils.dlpack.from_dlpack without their looks at the
     # arguments, which would take longer than the work: a training step comes here four times for each norm.
-    if prod(tensor.shape) * tensor.element_size() < POOLED_BYTES:
-        return _C_ops.empty_like(tensor, tensor.dtype, tensor.place)
+    if prod(tensor.shape) * tensor.element_size() < _POOLED_FROM:
+        return _C_ops.empty_like(tensor, tensor.dtype, _CPU)
     return eager.Tensor(from_dlpack(pool.empty_capsule(tensor.shape, dtype_name(tensor))))

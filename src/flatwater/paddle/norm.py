@@ -4,17 +4,45 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any, NamedTuple
 
 import paddle
+from paddle.base.framework import in_dygraph_mode
 
 from flatwater.errors import InputError
 from flatwater.paddle.backend import Backend, choose_backend
 from flatwater.paddle.composite import activate
 from flatwater.spec import NormSpec, SingleValue, canonical_activation
 
-__all__ = ["NormLayer", "check_residual_shape"]
+__all__ = ["Held", "Input", "NormLayer", "check_residual_shape"]
 
 _FLOATS = ("float32", "float64", "bfloat16", "float16")
+
+
+class Held(NamedTuple):
+    """The tensors of a norm layer, None for what it has not."""
+
+    weight: paddle.Tensor | None
+    bias: paddle.Tensor | None
+    mean: paddle.Tensor | None = None
+    variance: paddle.Tensor | None = None
+
+    def present(self) -> list[paddle.Tensor]:
+        return [tensor for tensor in self if tensor is not None]
+
+
+class Input(NamedTuple):
+    """What a layer knows about inputs of one shape and dtype, once it has taken the first.
+
+    Attributes:
+        channels_last: where their channels stand.
+        channels: how many.
+        single_value: whether there is one value per channel, over all samples.
+    """
+
+    channels_last: bool
+    channels: int
+    single_value: bool
 
 
 class NormLayer(paddle.nn.Layer):
@@ -38,7 +66,8 @@ class NormLayer(paddle.nn.Layer):
         return _spec_of(self._epsilon, getattr(self, "_momentum", 0.9), self._single_value, self._act)
 
     def _format(self) -> str:
-        return str(getattr(self, "_data_layout", None) or self._data_format)
+        own = self.__dict__
+        return str(own.get("_data_layout") or own["_data_format"])
 
     def _channels_last(self) -> bool:
         # As Paddle reads it: the second letter decides, so "NC" is channels-first.
@@ -47,26 +76,36 @@ class NormLayer(paddle.nn.Layer):
     def _channels(self) -> int:
         raise NotImplementedError
 
-    def _affine(self) -> tuple[paddle.Tensor | None, paddle.Tensor | None]:
-        return self.weight, self.bias
+    def _tensor(self, name: str) -> paddle.Tensor | None:
+        # What Paddle's __getattr__ finds too, after a search that a training step makes four times for each norm.
+        found = self._parameters.get(name) if in_dygraph_mode() else None
+        return getattr(self, name, None) if found is None else found
 
-    def _norm_tensors(self) -> list[paddle.Tensor]:
+    def _held(self) -> Held:
         """Parameters and moving statistics, as far as the layer has them."""
-        tensors = [*self._affine(), getattr(self, "_mean", None), getattr(self, "_variance", None)]
-        return [tensor for tensor in tensors if tensor is not None]
+        raise NotImplementedError
 
     def _label(self) -> str:
         return f"{type(self).__name__} {self.full_name()!r}"
 
     @paddle.jit.not_to_static
-    def _check(self, x: paddle.Tensor, residual: paddle.Tensor | None, tensors: list[paddle.Tensor]) -> None:
-        """Raise InputError unless the layer, whose parameters and statistics ``tensors`` are, takes these inputs."""
-        inputs = [(tensor.shape, tensor.dtype) for tensor in (x, residual, *tensors[:1]) if tensor is not None]
-        if inputs == self.__dict__.get("_accepted"):
-            return  # as in nearly every step
-        self._check_anew(x, residual, tensors)
+    def _check(self, x: paddle.Tensor, residual: paddle.Tensor | None, held: Held) -> Input:
+        """What the layer knows about these inputs; raises InputError unless it takes them."""
+        of_x = (x.shape, x.dtype)
+        of_residual = None if residual is None else (residual.shape, residual.dtype)
+        key = (of_x, of_residual, None if held.weight is None else held.weight.dtype, self._format())
+        accepted: tuple[Any, Input] | None = self.__dict__.get("_accepted")
+        if accepted is not None and accepted[0] == key:
+            return accepted[1]  # as in nearly every step
+        self._check_anew(x, residual, held.present())
+        last = self._channels_last()
+        shape = list(x.shape)
+        channels = shape.pop(-1 if last else 1)
+        # A size of -1 is not known while a graph is captured.
+        found = Input(last, channels, all(size == 1 for size in shape))
         if isinstance(x, paddle.Tensor):
-            self.__dict__["_accepted"] = inputs
+            self.__dict__["_accepted"] = (key, found)
+        return found
 
     def _check_anew(self, x: paddle.Tensor, residual: paddle.Tensor | None, tensors: list[paddle.Tensor]) -> None:
         # In code that to_static rewrites sizes would be tensors; here they are numbers, -1 where not known yet.
@@ -93,8 +132,8 @@ class NormLayer(paddle.nn.Layer):
                     f"cast the input, or the layer with layer.to(dtype={dtype!r})"
                 )
 
-    def _backend(self, x: paddle.Tensor, tensors: list[paddle.Tensor]) -> Backend:
-        return choose_backend(x, tensors, training=self.training)
+    def _backend(self, x: paddle.Tensor, held: Held) -> Backend:
+        return choose_backend(x, held.present(), training=self.training)
 
     def _finish(self, z: paddle.Tensor, residual: paddle.Tensor | None) -> paddle.Tensor:
         return activate(z if residual is None else z + residual, canonical_activation(self._act))
