@@ -10,6 +10,7 @@ FlatwaterError
 ├── SurgeryError            a model that cannot be changed as asked; it is left as it was
 ├── ExportError             a model that cannot be exported; nothing was written
 │   └── VerificationError   an exported form that does not compute what the model computes
+├── DistributedError        a process that died, is late, or does something else than the others
 └── BackendError            a kernel or optional package that this machine lacks
 
 Every message is one line: what was wrong, the value received, what to do.
@@ -22,6 +23,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "DistributedError",
     "ExportError",
     "FlatwaterError",
     "InputError",
@@ -70,6 +72,10 @@ class ExportError(FlatwaterError):
 
 class VerificationError(ExportError):
     """An exported form that does not compute what the model computes."""
+
+
+class DistributedError(FlatwaterError):
+    """A process that died, is late, or does something else than the others."""
 
 
 class BackendError(FlatwaterError):

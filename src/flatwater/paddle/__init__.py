@@ -26,6 +26,7 @@ from flatwater.paddle.layers import (
     backend_of,
 )
 from flatwater.paddle.monitor import NormMonitor
+from flatwater.paddle.sync import SyncBatchNorm
 from flatwater.paddle.verify import verify
 from flatwater.surgery import ChangeReport, FoldReport
 from flatwater.verify import VerifyReport
@@ -45,6 +46,7 @@ __all__ = [
     "InstanceNorm2D",
     "InstanceNorm3D",
     "NormMonitor",
+    "SyncBatchNorm",
     "VerifyReport",
     "backend_of",
     "convert",

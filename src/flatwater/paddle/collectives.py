@@ -1,0 +1,236 @@
+"""The one collective of synchronised batch norm: a checked sum over ranks that ends in a result or in an error.
+
+Every vector carries four numbers more: two halves of a check value of what is being summed (layer, direction,
+channels, how many sums went before), and their squares. Over n ranks Σv = n·v and Σv² = n·v² hold only where all
+v are equal, so that a rank which is somewhere else is found in the very sum that it would have spoilt.
+
+What the ranks were at is exchanged through the store, after a second without an answer and after a fault only.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import zlib
+from concurrent.futures import Future, TimeoutError
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from paddle import distributed
+
+from flatwater.errors import DistributedError
+from flatwater.kernels import Statistics
+from flatwater.paddle.lanes import DeviceTransport, GlooTransport, Transport, Worker, connect_store
+
+__all__ = ["Communicator", "Direction", "Operation", "communicator_of", "world_ranks"]
+
+Direction = Literal["forward", "backward"]
+
+# How long a rank waits before it asks where the others are, and how often it asks again.
+_PATIENCE = 1.0
+# How long a rank that knows of a fault waits for the others to say what they saw.
+_GRACE = 2.0
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What a sum is for: the same on every rank, or something is wrong.
+
+    Attributes:
+        layer: how the layer is called in messages.
+        direction: of which half of a training step the sum is.
+        channels: of the layer.
+        pivot: check value of the running mean about which the forward's sums are taken.
+    """
+
+    layer: str
+    direction: Direction
+    channels: int
+    pivot: int = 0
+
+    def __str__(self) -> str:
+        about = f", running mean {self.pivot:08x}" if self.pivot else ""
+        return f"{self.direction} of {self.layer} ({self.channels} channels{about})"
+
+
+class Communicator:
+    """Sums over a fixed set of ranks, made once per process and set of ranks.
+
+    Args:
+        ranks: global ranks, ascending.
+        rank: of this process.
+    """
+
+    def __init__(self, ranks: tuple[int, ...], rank: int, transport: Transport) -> None:
+        self.ranks = ranks
+        self.rank = rank
+        self._transport = transport
+        self._worker = Worker("flatwater-collective")
+        self._reports = _Reports(ranks, rank)
+        self._calls = 0
+        self._failure: str | None = None
+
+    def sum(self, values: Statistics, operation: Operation, timeout: float) -> Statistics:
+        """The sum of ``values`` over the ranks, by one all-reduce of ``len(values) + 4`` numbers, padded.
+
+        Args:
+            operation: what the values are for; compared between the ranks.
+            timeout: seconds after which ranks that have not come are given up.
+
+        Raises:
+            DistributedError: a rank died, did not come in time, or came with something else. Every later sum
+                of this communicator raises it too: what the other ranks hold is no longer known.
+        """
+        if self._failure is not None:
+            raise DistributedError(
+                f"{operation} on rank {self.rank} cannot run after an earlier fault: {self._failure}"
+            )
+        self._calls += 1
+        marks = _marks(operation, self._calls)
+        vector = np.concatenate([marks, values])
+        started = time.monotonic()
+        job = self._worker.submit(lambda: self._transport.sum(vector))
+        total = self._await(job, operation, started, timeout)
+        if not np.array_equal(total[: marks.size], marks * len(self.ranks)):
+            self._fail(operation, started, "the ranks came with different things")
+        return total[marks.size :]
+
+    def _await(self, job: Future[Statistics], operation: Operation, started: float, timeout: float) -> Statistics:
+        while True:
+            left = started + timeout - time.monotonic()
+            try:
+                return job.result(max(0.0, min(_PATIENCE, left)))
+            except TimeoutError:
+                pass
+            except Exception as error:  # whatever gloo or the device's library raises
+                self._fail(operation, started, f"the connection failed ({str(error).splitlines()[0]})")
+            if left <= _PATIENCE:
+                self._fail(operation, started, f"not every rank came within timeout={timeout:g} s")
+            self._reports.publish(self._calls, str(operation))
+            if self._reports.contradict(self._calls, str(operation)):
+                self._fail(operation, started, "the ranks are not at the same thing")
+
+    def _fail(self, operation: Operation, started: float, what: str) -> None:
+        waited = time.monotonic() - started
+        self._reports.publish(self._calls, str(operation), fault=what)
+        seen = self._reports.collect()
+        self._failure = (
+            f"{operation}, sum {self._calls} of rank {self.rank} in ranks {list(self.ranks)}: {what}, "
+            f"after {waited:.1f} s; seen: {seen}; let every rank run the same layers in the same order, "
+            "and start again from the last checkpoint"
+        )
+        raise DistributedError(self._failure)
+
+
+class _Reports:
+    """What ranks in trouble say about themselves, in the store. Never raises, never blocks for long."""
+
+    def __init__(self, ranks: tuple[int, ...], rank: int) -> None:
+        self._ranks = ranks
+        self._rank = rank
+        self._key = f"flatwater/reports/{','.join(map(str, ranks))}"
+        self._worker: Worker | None = None
+        self._store: Any = None
+        self._published: list[Any] = []
+        self._read = 0
+        self._latest: dict[int, dict[str, Any]] = {}
+        self._reachable = True
+
+    def publish(self, call: int, operation: str, fault: str | None = None) -> None:
+        report = [call, operation, fault]
+        if report != self._published:
+            self._published = report
+            text = json.dumps({"rank": self._rank, "call": call, "operation": operation, "fault": fault})
+            self._do(lambda: self._append(text))
+
+    def contradict(self, call: int, operation: str) -> bool:
+        """Whether a rank is at something else, or has given up."""
+        self._do(self._refresh)
+        return any(
+            report["fault"] or (report["call"] == call and report["operation"] != operation)
+            for report in self._latest.values()
+        )
+
+    def collect(self) -> str:
+        """What every other rank said, after giving them time to say it."""
+        end = time.monotonic() + _GRACE
+        others = [rank for rank in self._ranks if rank != self._rank]
+        while time.monotonic() < end and self._reachable and not all(rank in self._latest for rank in others):
+            self._do(self._refresh)
+            time.sleep(0.05)
+        return "; ".join(f"rank {rank} {self._describe(rank)}" for rank in others)
+
+    def _describe(self, rank: int) -> str:
+        report = self._latest.get(rank)
+        if report is None:
+            silent = "says nothing: it died, or is not in a SyncBatchNorm"
+            return silent if self._reachable else "cannot be asked: the store's host (rank 0) does not answer"
+        fault = f" ({report['fault']})" if report["fault"] else ""
+        return f"is in sum {report['call']}, {report['operation']}{fault}"
+
+    def _do(self, job: Any) -> None:
+        """Do a thing with the store, in a thread of its own: its host may be what has died."""
+        if not self._reachable:
+            return
+        self._worker = self._worker or Worker("flatwater-reports")
+        try:
+            self._worker.submit(job).result(_GRACE)
+        except Exception:  # whatever a dead connection raises: then the others cannot be asked
+            self._reachable = False
+
+    def _append(self, text: str) -> None:
+        self._store = self._store or connect_store()
+        index = self._store.add(self._key, 1)
+        self._store.set(f"{self._key}/{index}", text)
+
+    def _refresh(self) -> None:
+        self._store = self._store or connect_store()
+        last = self._store.add(self._key, 0)
+        while self._read < last:
+            self._read += 1
+            report = json.loads(self._store.get(f"{self._key}/{self._read}"))
+            if report["rank"] != self._rank:
+                self._latest[report["rank"]] = report
+
+
+def _marks(operation: Operation, call: int) -> Statistics:
+    """Two 16-bit halves of a check value and their squares: sums of them over 2²⁰ ranks are exact."""
+    code = zlib.crc32(f"{call} {operation}".encode())
+    high, low = code >> 16, code & 0xFFFF
+    return np.array([high, low, high * high, low * low], np.float64)
+
+
+_communicators: dict[tuple[Any, ...], Communicator] = {}
+
+
+def world_ranks(ranks: tuple[int, ...] | None) -> tuple[int, ...]:
+    """``ranks``, None being all there are; one rank where no process group was initialised."""
+    if not distributed.is_initialized():
+        return (0,)
+    return tuple(range(distributed.get_world_size())) if ranks is None else ranks
+
+
+def communicator_of(ranks: tuple[int, ...], group_id: int | None, place: Any) -> Communicator:
+    """The communicator of these ranks for tensors at ``place``.
+
+    Args:
+        group_id: of Paddle's group of these ranks, which devices other than the CPU use; None for that of all.
+
+    Raises:
+        DistributedError: this process is not among the ranks.
+    """
+    on_cpu = place.is_cpu_place()
+    key = (ranks, None if on_cpu else (group_id, str(place)))
+    found = _communicators.get(key)
+    if found is None:
+        rank = distributed.get_rank()
+        if rank not in ranks:
+            raise DistributedError(
+                f"rank {rank} runs a SyncBatchNorm of ranks {list(ranks)}; give each rank a process_group that it is in"
+            )
+        transport: Transport = (
+            GlooTransport(ranks, rank) if on_cpu else DeviceTransport(distributed.get_group(group_id or 0), place)
+        )
+        found = _communicators[key] = Communicator(ranks, rank, transport)
+    return found

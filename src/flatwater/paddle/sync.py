@@ -1,0 +1,136 @@
+"""``SyncBatchNorm``: batch norm by the statistics of the global batch, over any process group."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import paddle
+
+from flatwater.errors import InputError
+from flatwater.paddle.autograd import normalize, update_running
+from flatwater.paddle.backend import is_replay
+from flatwater.paddle.collectives import communicator_of, world_ranks
+from flatwater.paddle.kinds import normalizes_by_batch
+from flatwater.paddle.layers import _BatchNorm
+from flatwater.paddle.sync_call import Shared, SyncBatchNormCall
+from flatwater.spec import SingleValue
+
+__all__ = ["SyncBatchNorm"]
+
+
+class SyncBatchNorm(_BatchNorm, paddle.nn.SyncBatchNorm):
+    """Batch norm by the statistics of all ranks' batches; subclass of ``paddle.nn.SyncBatchNorm``.
+
+        y = act(γ·(x - mean)·(var + ε)^(-1/2) + β + residual)
+
+    In ``train()`` mean and var are over the batches of every rank of the process group together, whatever share of
+    the values each of them has (none, even), and so are the terms of dx: n ranks compute what one process computes
+    on the concatenated batch, and their moving statistics stay equal, as long as they were. One all-reduce of
+    2·C + 5 float64 values, padded to a power of two, runs in each direction, for any number of ranks.
+
+    In ``eval()``, frozen (``use_global_stats=True``), in a world of one, and where
+    ``paddle.distributed.init_parallel_env`` was never called, this is plain batch norm: it needs no group, waits
+    for nobody, and is exported as one.
+
+    Gradients: with the losses L_1 … L_n of n ranks, dx is that of Σ L_r, because x reaches the losses of other
+    ranks through the statistics. dγ and dβ are this rank's own Σdz·x̂ and Σdz, whose sum over the ranks is the
+    gradient of Σ L_r. ``paddle.DataParallel`` averages all gradients, so that every parameter of the model, γ and
+    β as well, gets the gradient of the mean loss 1/n Σ L_r: what one process gets if its loss is that mean. (With
+    batches of unequal size, a loss that is a mean over samples has to be weighted by the rank's share of them.)
+
+    Faults: every rank has to run the same layers in the same order, in both directions. A rank that died, that
+    stays away for longer than ``timeout``, or that comes with another layer, channel count or running mean, ends
+    the others' calls with a DistributedError. (Gloo's own 30 s do not bind a longer ``timeout``.)
+
+    Args:
+        num_features: channels.
+        momentum, epsilon, weight_attr, bias_attr, data_format, name: as in ``paddle.nn.SyncBatchNorm``.
+        act: an activation fused behind the norm, see :mod:`flatwater.paddle.layers`.
+        use_global_stats: True freezes the statistics.
+        process_group: with whom to share statistics: ranks as numbers, or a group from
+            ``paddle.distributed.new_group`` (which on devices other than the CPU it has to be); None for all.
+        timeout: seconds to wait for the other ranks.
+
+    Raises:
+        InputError: a timeout that is not positive.
+    """
+
+    _ranks = (2, 3, 4, 5)
+    _shared_ranks: tuple[int, ...] | None = None
+    _group_id: int | None = None
+    _timeout: float = 60.0
+
+    def __init__(
+        self,
+        num_features: int,
+        momentum: float = 0.9,
+        epsilon: float = 1e-5,
+        weight_attr: Any = None,
+        bias_attr: Any = None,
+        data_format: str = "NCHW",
+        name: str | None = None,
+        *,
+        act: str | None = None,
+        use_global_stats: bool | None = None,
+        single_value: SingleValue = "error",
+        process_group: Any = None,
+        timeout: float = 60.0,
+    ) -> None:
+        super().__init__(num_features, momentum, epsilon, weight_attr, bias_attr, data_format, name)
+        self._use_global_stats = use_global_stats
+        self._extend(act, single_value)
+        self._share_with(process_group, timeout)
+
+    def _share_with(self, process_group: Any, timeout: float) -> None:
+        """Set the group. Its ranks and number are kept, for the group itself can be neither copied nor pickled."""
+        if not timeout > 0:
+            raise InputError(f"{type(self).__name__}: timeout={timeout!r} must be a positive number of seconds")
+        ranks = getattr(process_group, "ranks", process_group)
+        self._shared_ranks = None if ranks is None else tuple(sorted(ranks))
+        self._group_id = getattr(process_group, "id", None)
+        self._timeout = float(timeout)
+
+    def forward(self, x: paddle.Tensor, residual: paddle.Tensor | None = None) -> paddle.Tensor:
+        """``act(γ·x̂ + β + residual)``; in training the moving statistics follow the global batch.
+
+        Args:
+            x: float tensor, channels where the layer's data format says, of any strides; its batch may be empty.
+            residual: of x's shape and dtype, added before the activation.
+
+        Returns:
+            A tensor of x's shape and dtype.
+
+        Raises:
+            InputError: wrong rank, channel count or dtype, a residual that does not fit, or a graph being captured
+                in ``train()`` by one of several ranks.
+            SingleValueError: training with one value per channel on all ranks together.
+            DistributedError: see the class.
+        """
+        ranks = world_ranks(self._shared_ranks)
+        if len(ranks) == 1 or not normalizes_by_batch(self, training=self.training):
+            return super().forward(x, residual)
+        return self._synchronized(x, residual, ranks)
+
+    @paddle.jit.not_to_static
+    def _synchronized(self, x: paddle.Tensor, residual: paddle.Tensor | None, ranks: tuple[int, ...]) -> paddle.Tensor:
+        if not paddle.in_dynamic_mode():
+            raise InputError(
+                f"{self._label()} is being captured in train(), where a graph cannot wait for other ranks; "
+                "capture it in eval(), or train with to_static(full_graph=False)"
+            )
+        held = self._held()
+        found = self._check(x, residual, held)
+        spec = self._spec()
+        communicator = communicator_of(ranks, self._group_id, x.place)
+        call = SyncBatchNormCall.over_ranks(
+            Shared(communicator, self._label(), self._timeout),
+            np.asarray(self._mean.numpy(), np.float64),
+            channels_last=found.channels_last,
+            activation=spec.activation,
+            epsilon=spec.epsilon,
+        )
+        y = normalize(x, held.weight, held.bias, residual, call)
+        if not is_replay():
+            update_running(self._mean, self._variance, call, spec)
+        return y

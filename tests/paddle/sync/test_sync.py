@@ -1,0 +1,91 @@
+"""Worlds of 2, 3 and 4 processes compute what one process computes on their batches put together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import paddle
+import pytest
+from cluster import run_world
+from sync_cases import CASES, STEPS
+from train_worker import make_model, model_batch
+
+import flatwater.paddle as fw
+
+WORLDS = (2, 3, 4)
+# Relative to the largest value of a result: 1e-6 is 16 roundings to float32. bfloat16 rounds to 2^-9, and its
+# parameters, sums and statistics stay float32.
+TOLERANCE = {"float32": 1e-6, "bfloat16": 2.0**-8}
+
+Results: TypeAlias = list[dict[str, np.ndarray]]
+
+
+@pytest.fixture(scope="module", params=WORLDS, ids=lambda world: f"{world} processes")
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
+    folder = tmp_path_factory.mktemp("world")
+    ended = run_world(request.param, "train_worker.py", folder)
+    assert [one.status for one in ended] == [0] * request.param, "\n".join(one.output for one in ended)
+    return [dict(np.load(Path(folder) / f"{rank}.npz")) for rank in range(request.param)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_world_equals_one_process_on_the_whole_batch(results: Results, name: str) -> None:
+    case = CASES[name]
+    expected = case.expected(len(results))
+    for step in range(STEPS):
+        found = [{key: rank[f"{name}: {step} {key}"] for key in expected[step]} for rank in results]
+        for key, whole in expected[step].items():
+            parts = [rank[key] for rank in found]
+            if key in ("mean", "variance"):
+                for part in parts:  # the same bits everywhere
+                    np.testing.assert_array_equal(part, parts[0])
+                together = parts[0]
+            else:
+                together = sum(parts) if key in ("dweight", "dbias") else np.concatenate(parts)
+            tolerance = TOLERANCE["float32" if key in ("mean", "variance") else case.dtype]
+            worst = np.abs(together - whole).max() / np.abs(whole).max()
+            assert worst <= tolerance, f"step {step}, {key}: off by {worst:.3g}"
+
+
+def test_each_rank_has_its_share_of_the_results(results: Results) -> None:
+    shapes = [rank["an empty rank: 0 y"].shape for rank in results]
+    assert shapes == [(share, 5, 4, 6) for share in CASES["an empty rank"].shares[: len(results)]]
+
+
+def test_one_collective_per_direction_whose_size_is_that_of_the_layer(results: Results) -> None:
+    for rank in results:
+        assert (rank["forward"], rank["both"], rank["eval"]) == (1, 2, 0)
+        assert rank["sizes"].tolist() == [64, 64]  # for every world: 2·5 sums, the count and 4 marks, padded
+
+
+def test_data_parallel_averages_to_the_gradient_of_the_mean_loss(results: Results) -> None:
+    model = make_model(fw.BatchNorm2D)
+    model(paddle.to_tensor(model_batch(len(results)))).square().mean().backward()
+    expected = {i: p.grad.numpy() for i, p in enumerate(model.parameters()) if not p.stop_gradient}
+    scale = max(np.abs(gradient).max() for gradient in expected.values())
+    for rank in results:
+        for index, gradient in expected.items():
+            # A few hundred float32 products and sums of Paddle's convolutions, in another order.
+            assert np.abs(rank[f"gradient {index}"] - gradient).max() <= 1e-5 * scale
+
+
+def test_a_group_shares_among_its_own_ranks(results: Results) -> None:
+    for index, rank in enumerate(results):
+        members = (0, 1) if index < 2 else tuple(range(2, len(results)))
+        mean = np.mean([value for member in members for value in (member, member, 4)])
+        np.testing.assert_allclose(rank["group mean"], [0.1 * mean], rtol=1e-6)
+
+
+def test_a_layer_may_run_twice_and_be_recomputed(results: Results) -> None:
+    layer = fw.BatchNorm2D(3)
+    draws = [np.random.default_rng(rank) for rank in range(len(results))]
+    batches = [draw.standard_normal((4, 3, 2, 2)).astype("float32") for draw in draws]
+    x = paddle.to_tensor(np.concatenate(batches))
+    x.stop_gradient = False
+    layer(layer(x)).square().sum().backward()
+    for found, expected in zip(results, np.split(x.grad.numpy(), len(results)), strict=True):
+        # Σ y² of normalized values hardly depends on x: the gradient is what rounding leaves of terms of size 1.
+        assert np.abs(found["twice"] - expected).max() <= 1e-4
+        np.testing.assert_allclose(found["twice mean"], layer._mean.numpy(), rtol=1e-5, atol=1e-7)

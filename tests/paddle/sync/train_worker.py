@@ -1,0 +1,131 @@
+"""What each rank does in test_sync.py: every case, then the questions that need a world; results into a folder."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import paddle
+from paddle import _C_ops, distributed
+from paddle.base import core
+from sync_cases import CASES, CHANNELS, STEPS, Case
+
+import flatwater.paddle as fw
+
+# What a process group could be asked for instead of the lanes' own all-reduce.
+COLLECTIVES = ("all_gather", "all_reduce", "all_to_all", "barrier", "broadcast", "gather", "recv", "reduce", "send")
+
+
+def run_case(case: Case, rank: int, world: int) -> dict[str, np.ndarray]:
+    layer = fw.SyncBatchNorm(CHANNELS, data_format=case.data_format, act=case.act)
+    for name, value in case.parameters().items():
+        getattr(layer, name).set_value(value)
+    mine = case.slices(world)[rank]
+    found = {}
+    for step in range(STEPS):
+        batch = {name: paddle.to_tensor(array[mine]) for name, array in case.batch(world, step).items()}
+        dy = batch.pop("dy").astype(case.dtype)
+        leaves = {name: tensor.astype(case.dtype) for name, tensor in batch.items()}
+        for leaf in leaves.values():
+            leaf.stop_gradient = False
+        y = layer(*leaves.values())
+        paddle.autograd.backward([y], [dy])
+        results = {"y": y, **{f"d{name}": leaf.grad for name, leaf in leaves.items()}}
+        results |= {"dweight": layer.weight.grad, "dbias": layer.bias.grad}
+        results |= {"mean": layer._mean, "variance": layer._variance}
+        found |= {f"{step} {name}": tensor.astype("float32").numpy() for name, tensor in results.items()}
+        layer.clear_gradients()
+    return found
+
+
+def count_collectives(rank: int) -> dict[str, np.ndarray]:
+    """What goes over the wire in each direction of one layer, after the first step."""
+    seen: list[str] = []
+    sizes: list[int] = []
+
+    def watch(owner: Any, name: str) -> None:
+        original = getattr(owner, name)
+
+        def call(*args: Any) -> Any:
+            seen.append(name)
+            sizes.append(int(args[0].size))
+            return original(*args)
+
+        setattr(owner, name, call)
+
+    watch(_C_ops, "all_reduce_")
+    for name in COLLECTIVES:
+        watch(core.ProcessGroupGloo, name)
+    layer = fw.SyncBatchNorm(CHANNELS)
+    found = {}
+    for _ in range(2):
+        x = paddle.randn([2, CHANNELS, 3, 3])
+        x.stop_gradient = False
+        y = layer(x)
+        found["forward"] = np.array(len(seen))
+        y.sum().backward()
+        found["both"] = np.array(len(seen))
+        found["sizes"] = np.array(sizes)
+        assert set(seen) <= {"all_reduce_"}, seen
+        seen.clear()
+        sizes.clear()
+    layer.eval()
+    layer(x)
+    found["eval"] = np.array(len(seen))
+    return found
+
+
+def data_parallel(rank: int, world: int) -> dict[str, np.ndarray]:
+    """Gradients of a model under DataParallel: two convolutions with a norm behind each, equal shares."""
+    model = paddle.DataParallel(make_model(fw.SyncBatchNorm))
+    x = paddle.to_tensor(model_batch(world)[2 * rank : 2 * rank + 2])
+    model(x).square().mean().backward()
+    return {f"gradient {i}": p.grad.numpy() for i, p in enumerate(model.parameters()) if not p.stop_gradient}
+
+
+def make_model(norm: Any) -> paddle.nn.Layer:
+    model = paddle.nn.Sequential(
+        paddle.nn.Conv2D(3, 4, 3), norm(4, act="relu"), paddle.nn.Conv2D(4, 6, 3), norm(6), paddle.nn.Flatten(1)
+    )
+    for index, parameter in enumerate(model.parameters()):
+        if not parameter.stop_gradient:
+            random = np.random.default_rng(index)
+            parameter.set_value(random.uniform(-0.3, 1.0, parameter.shape).astype("float32"))
+    return model
+
+
+def model_batch(world: int) -> np.ndarray:
+    return np.random.default_rng(5).standard_normal((2 * world, 3, 8, 8)).astype("float32")
+
+
+def pairs(rank: int, world: int) -> dict[str, np.ndarray]:
+    """Statistics within groups: the first two ranks by themselves, the others by themselves."""
+    layer = fw.SyncBatchNorm(1, process_group=range(2) if rank < 2 else range(2, world))
+    layer(paddle.to_tensor([[float(rank)], [float(rank)], [4.0]]))
+    return {"group mean": layer._mean.numpy()}
+
+
+def recomputed(rank: int) -> dict[str, np.ndarray]:
+    """A layer used twice, once inside ``recompute``, which runs it again, and its sum, in the backward pass."""
+    layer = fw.SyncBatchNorm(3)
+    x = paddle.to_tensor(np.random.default_rng(rank).standard_normal((4, 3, 2, 2)).astype("float32"))
+    x.stop_gradient = False
+    y = distributed.fleet.utils.recompute(lambda t: layer(t).square(), layer(x))
+    y.sum().backward()
+    return {"twice": x.grad.numpy(), "twice mean": layer._mean.numpy()}
+
+
+def main(folder: str) -> None:
+    distributed.init_parallel_env()
+    rank, world = distributed.get_rank(), distributed.get_world_size()
+    results: dict[str, np.ndarray] = {}
+    for name, case in CASES.items():
+        results |= {f"{name}: {key}": value for key, value in run_case(case, rank, world).items()}
+    results |= data_parallel(rank, world) | pairs(rank, world) | recomputed(rank) | count_collectives(rank)
+    np.savez(Path(folder) / f"{rank}.npz", **results)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
