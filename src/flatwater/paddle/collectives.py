@@ -9,19 +9,19 @@ What the ranks were at is exchanged through the store, after a second without an
 
 from __future__ import annotations
 
-import json
 import time
 import zlib
-from concurrent.futures import Future, TimeoutError
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 from paddle import distributed
 
 from flatwater.errors import DistributedError
 from flatwater.kernels import Statistics
-from flatwater.paddle.lanes import DeviceTransport, GlooTransport, Transport, Worker, connect_store
+from flatwater.paddle.lanes import DeviceTransport, GlooTransport, Transport, Worker
+from flatwater.paddle.reports import Reports
 
 __all__ = ["Communicator", "Direction", "Operation", "communicator_of", "world_ranks"]
 
@@ -29,8 +29,6 @@ Direction = Literal["forward", "backward"]
 
 # How long a rank waits before it asks where the others are, and how often it asks again.
 _PATIENCE = 1.0
-# How long a rank that knows of a fault waits for the others to say what they saw.
-_GRACE = 2.0
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,7 @@ class Communicator:
         self.rank = rank
         self._transport = transport
         self._worker = Worker("flatwater-collective")
-        self._reports = _Reports(ranks, rank)
+        self._reports = Reports(ranks, rank)
         self._calls = 0
         self._failure: str | None = None
 
@@ -90,28 +88,38 @@ class Communicator:
         marks = _marks(operation, self._calls)
         vector = np.concatenate([marks, values])
         started = time.monotonic()
-        job = self._worker.submit(lambda: self._transport.sum(vector))
-        total = self._await(job, operation, started, timeout)
+        total = self._sum(vector, operation, started, timeout)
         if not np.array_equal(total[: marks.size], marks * len(self.ranks)):
             self._fail(operation, started, "the ranks came with different things")
         return total[marks.size :]
 
-    def _await(self, job: Future[Statistics], operation: Operation, started: float, timeout: float) -> Statistics:
+    def _sum(self, vector: Statistics, operation: Operation, started: float, timeout: float) -> Statistics:
+        transport = self._transport
         while True:
             left = started + timeout - time.monotonic()
             try:
-                return job.result(max(0.0, min(_PATIENCE, left)))
-            except TimeoutError:
-                pass
+                if left > transport.patience and transport.ready(vector.size):
+                    return transport.sum(vector)
+                return self._await(self._worker.submit(lambda: transport.sum(vector)), operation, started, timeout)
+            except DistributedError:
+                raise
             except Exception as error:  # whatever gloo or the device's library raises
-                self._fail(operation, started, f"the connection failed ({str(error).splitlines()[0]})")
+                if not transport.renew(error):
+                    self._fail(operation, started, f"the connection failed ({str(error).splitlines()[0]})")
+
+    def _await(self, job: Future[Statistics], operation: Operation, started: float, timeout: float) -> Statistics:
+        while True:
+            left = started + timeout - time.monotonic()
+            done, _ = wait([job], max(0.0, min(_PATIENCE, left)))
+            if done:
+                return job.result()
             if left <= _PATIENCE:
                 self._fail(operation, started, f"not every rank came within timeout={timeout:g} s")
             self._reports.publish(self._calls, str(operation))
             if self._reports.contradict(self._calls, str(operation)):
                 self._fail(operation, started, "the ranks are not at the same thing")
 
-    def _fail(self, operation: Operation, started: float, what: str) -> None:
+    def _fail(self, operation: Operation, started: float, what: str) -> NoReturn:
         waited = time.monotonic() - started
         self._reports.publish(self._calls, str(operation), fault=what)
         seen = self._reports.collect()
@@ -121,77 +129,6 @@ class Communicator:
             "and start again from the last checkpoint"
         )
         raise DistributedError(self._failure)
-
-
-class _Reports:
-    """What ranks in trouble say about themselves, in the store. Never raises, never blocks for long."""
-
-    def __init__(self, ranks: tuple[int, ...], rank: int) -> None:
-        self._ranks = ranks
-        self._rank = rank
-        self._key = f"flatwater/reports/{','.join(map(str, ranks))}"
-        self._worker: Worker | None = None
-        self._store: Any = None
-        self._published: list[Any] = []
-        self._read = 0
-        self._latest: dict[int, dict[str, Any]] = {}
-        self._reachable = True
-
-    def publish(self, call: int, operation: str, fault: str | None = None) -> None:
-        report = [call, operation, fault]
-        if report != self._published:
-            self._published = report
-            text = json.dumps({"rank": self._rank, "call": call, "operation": operation, "fault": fault})
-            self._do(lambda: self._append(text))
-
-    def contradict(self, call: int, operation: str) -> bool:
-        """Whether a rank is at something else, or has given up."""
-        self._do(self._refresh)
-        return any(
-            report["fault"] or (report["call"] == call and report["operation"] != operation)
-            for report in self._latest.values()
-        )
-
-    def collect(self) -> str:
-        """What every other rank said, after giving them time to say it."""
-        end = time.monotonic() + _GRACE
-        others = [rank for rank in self._ranks if rank != self._rank]
-        while time.monotonic() < end and self._reachable and not all(rank in self._latest for rank in others):
-            self._do(self._refresh)
-            time.sleep(0.05)
-        return "; ".join(f"rank {rank} {self._describe(rank)}" for rank in others)
-
-    def _describe(self, rank: int) -> str:
-        report = self._latest.get(rank)
-        if report is None:
-            silent = "says nothing: it died, or is not in a SyncBatchNorm"
-            return silent if self._reachable else "cannot be asked: the store's host (rank 0) does not answer"
-        fault = f" ({report['fault']})" if report["fault"] else ""
-        return f"is in sum {report['call']}, {report['operation']}{fault}"
-
-    def _do(self, job: Any) -> None:
-        """Do a thing with the store, in a thread of its own: its host may be what has died."""
-        if not self._reachable:
-            return
-        self._worker = self._worker or Worker("flatwater-reports")
-        try:
-            self._worker.submit(job).result(_GRACE)
-        except Exception:  # whatever a dead connection raises: then the others cannot be asked
-            self._reachable = False
-
-    def _append(self, text: str) -> None:
-        self._store = self._store or connect_store()
-        index = self._store.add(self._key, 1)
-        self._store.set(f"{self._key}/{index}", text)
-
-    def _refresh(self) -> None:
-        self._store = self._store or connect_store()
-        last = self._store.add(self._key, 0)
-        while self._read < last:
-            self._read += 1
-            report = json.loads(self._store.get(f"{self._key}/{self._read}"))
-            if report["rank"] != self._rank:
-                self._latest[report["rank"]] = report
 
 
 def _marks(operation: Operation, call: int) -> Statistics:

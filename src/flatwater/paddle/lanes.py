@@ -5,20 +5,23 @@ Gloo on the CPU is used with care, because of what version 3.3.1 of Paddle makes
 * Where two ranks bring vectors of different lengths to one all-reduce, gloo aborts the process that gets
   more than it expects. So no vector travels over the connections that DataParallel uses, and vectors travel
   by length: each lane has connections of its own. A rank that comes to another lane is awaited, not mixed up.
-* An all-reduce cannot be interrupted and gives up after 30 s, whatever was asked for. So it runs in a thread,
-  for which the caller waits as long as the caller likes; and a lane that gloo gave up is built anew.
+* An all-reduce cannot be interrupted, and gives up after 30 s whatever was asked for. Where that is soon enough it
+  runs in the caller's thread, because another one costs a fraction of a millisecond in each sum; else in a thread
+  for which the caller waits as long as the caller likes. Lanes that gloo gave up are built anew.
 * The store in which ranks find each other takes 44 ms to answer, and its connection must not be shared by
   threads. So it serves to build a lane and to tell faults apart, never in the steady state.
 * ``ProcessGroupGloo`` looks for its peers under keys that all its groups share, so that a second group of three
-  ranks finds the addresses of the first. The communication context below it has keys of its own: lanes are such
-  contexts, and ``paddle.distributed.new_group`` is not needed.
+  ranks finds the addresses of the first: ``paddle.distributed.new_group`` fails on some of them. So each lane is
+  built through a store of its own, whose address the first of its ranks puts into that of the world.
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import queue
+import socket
 import threading
 import zlib
 from collections.abc import Callable
@@ -27,7 +30,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import paddle
-from paddle import _C_ops, distributed
 from paddle.base import core
 
 from flatwater.errors import DistributedError
@@ -35,15 +37,32 @@ from flatwater.kernels import Statistics
 
 __all__ = ["DeviceTransport", "GlooTransport", "Transport", "Worker", "connect_store"]
 
-# Contexts live in one table, by numbers; those of Paddle's own groups are small.
-_FIRST_CONTEXT = 1 << 30
+# All groups live in one table, by numbers; those of Paddle's own are small.
+_FIRST_GROUP = 1 << 30
+_SUM = core.ReduceOp.SUM
 
 
 class Transport(Protocol):
-    """Sums vectors over all ranks; blocks until every rank has come."""
+    """Sums vectors over all ranks. Not safe for threads: one sum at a time.
+
+    Attributes:
+        patience: seconds after which a sum ends by itself, one way or the other.
+    """
+
+    patience: float
+
+    def ready(self, size: int) -> bool:
+        """Whether a sum of ``size`` values would wait for nothing but the values of the other ranks."""
 
     def sum(self, vector: Statistics) -> Statistics:
-        """The sum over the ranks, the same bits on each."""
+        """The sum over the ranks, the same bits on each.
+
+        Raises:
+            RuntimeError: what gloo or the device's library said.
+        """
+
+    def renew(self, error: Exception) -> bool:
+        """Make ready for another attempt, if ``error`` is that a rank was late."""
 
 
 class Worker:
@@ -80,6 +99,10 @@ def connect_store() -> Any:
     Raises:
         DistributedError: the environment does not say where it is.
     """
+    return _client(*_store_address())
+
+
+def _store_address() -> tuple[str, int]:
     host, port = os.getenv("MASTER_ADDR"), os.getenv("MASTER_PORT")
     if not (host and port):
         first = os.getenv("PADDLE_MASTER") or os.getenv("PADDLE_TRAINER_ENDPOINTS", "").split(",")[0]
@@ -89,14 +112,26 @@ def connect_store() -> Any:
             f"the rendezvous store is at {host!r}:{port!r}, which is no address; "
             "start the processes with python -m paddle.distributed.launch"
         )
-    return core.TCPStore(host, int(port), False, 0)  # not the master, and counted among no number of workers
+    return host, int(port)
+
+
+def _client(host: str, port: int) -> Any:
+    return core.TCPStore(host, port, False, 0)  # not the master, and counted among no number of workers
+
+
+def _serve_store() -> tuple[Any, str]:
+    """A new store, and where the other ranks reach it: at the address from which this host sees theirs."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, socket.socket() as free:
+        probe.connect(_store_address())  # sends nothing
+        free.bind(("", 0))
+        host, port = probe.getsockname()[0], free.getsockname()[1]
+    return core.TCPStore(host, port, True, 0), f"{host}:{port}"
 
 
 class GlooTransport:
-    """Gloo between ``ranks``, by lanes: one set of connections for each power of two that a length rounds up to.
+    """Gloo between ``ranks``, by lanes: one set of connections for each power of two that a length rounds up to."""
 
-    Not safe for threads: a communicator uses it from one worker.
-    """
+    patience = 30.0
 
     def __init__(self, ranks: tuple[int, ...], rank: int) -> None:
         self._ranks = ranks
@@ -105,60 +140,80 @@ class GlooTransport:
         self._lanes: dict[int, _Lane] = {}
         self._generation = 0
 
-    def sum(self, vector: Statistics) -> Statistics:
-        """The sum over the ranks, the same bits on each.
+    def ready(self, size: int) -> bool:
+        """Whether the lane is built; until then, a rank waits in the store."""
+        return _width(size) in self._lanes
 
-        Raises:
-            RuntimeError: what gloo said.
-        """
-        width = 1 << max(6, (vector.size - 1).bit_length())
-        while True:
-            lane = self._lanes.get(width) or self._build(width)
-            try:
-                return lane.sum(vector)
-            except RuntimeError as error:
-                if "TIMEOUT" not in str(error):
-                    raise
-                # A rank is late by more than gloo's 30 s. It will find its old connections closed, and come to the
-                # new ones too; how long to wait for it is for the user to say.
-                self._lanes.clear()
-                self._generation += 1
+    def sum(self, vector: Statistics) -> Statistics:
+        """See :class:`Transport`."""
+        width = _width(vector.size)
+        lane = self._lanes.get(width)
+        if lane is None:
+            lane = self._lanes[width] = self._build(width)
+        return lane.sum(vector)
+
+    def renew(self, error: Exception) -> bool:
+        """After gloo's 30 s. The late rank will find its old connections closed, and come to the new ones too."""
+        if "TIMEOUT" not in str(error):
+            return False
+        self._lanes.clear()
+        self._generation += 1
+        return True
 
     def _build(self, width: int) -> _Lane:
         self._store = self._store or connect_store()
-        identity = f"{self._ranks} {width} {self._generation}"
-        number = _FIRST_CONTEXT | zlib.crc32(identity.encode()) >> 2
-        core.CommContextManager.create_gloo_comm_context(self._store, str(number), self._index, len(self._ranks))
-        self._lanes[width] = _Lane(number, width)
-        return self._lanes[width]
+        identity = f"flatwater/lane/{','.join(map(str, self._ranks))}/{width}/{self._generation}"
+        if self._index == 0:
+            store, address = _serve_store()
+            self._store.set(identity, address)
+        else:
+            host, _, port = self._store.get(identity).decode().rpartition(":")
+            store = _client(host, int(port))
+        number = _FIRST_GROUP | zlib.crc32(identity.encode()) >> 2
+        return _Lane(core.ProcessGroupGloo.create(store, self._index, len(self._ranks), number), store, width)
+
+
+def _width(size: int) -> int:
+    return 1 << max(6, (size - 1).bit_length())
 
 
 class _Lane:
     """Connections for vectors of one length, and the memory that they are sent from."""
 
-    def __init__(self, context: int, width: int) -> None:
-        self._context = context
+    def __init__(self, group: Any, store: Any, width: int) -> None:
+        self._group = group
+        self._store = store
         self._tensor = paddle.zeros([width], "float64")
         memory = (ctypes.c_double * width).from_address(self._tensor.data_ptr())
-        self._view = np.ctypeslib.as_array(memory)
+        # By bytes: a ctypes array names its byte order, and the kernels take arrays that do not.
+        self._view = np.frombuffer(memoryview(memory).cast("B"), np.float64)
 
     def sum(self, vector: Statistics) -> Statistics:
         self._view[: vector.size] = vector
         self._view[vector.size :] = 0.0
-        # Paddle's stubs lack the in-place form.
-        _C_ops.all_reduce_(self._tensor, self._context, distributed.ReduceOp.SUM)  # type: ignore[attr-defined]
+        self._group.all_reduce(self._tensor, _SUM, True)
         return self._view[: vector.size].copy()
 
 
 class DeviceTransport:
     """The process group of a device (NCCL, BKCL), on its own connections: there, every group takes device memory."""
 
+    patience = math.inf
+
     def __init__(self, group: Any, place: Any) -> None:
         self._group = group
         self._place = place
 
+    def ready(self, size: int) -> bool:
+        """Always: Paddle built the group."""
+        return True
+
     def sum(self, vector: Statistics) -> Statistics:
-        """The sum over the ranks, the same bits on each."""
+        """See :class:`Transport`."""
         tensor = paddle.to_tensor(vector, place=self._place)
-        self._group.process_group.all_reduce(tensor, core.ReduceOp.SUM, True)
+        self._group.process_group.all_reduce(tensor, _SUM, True)
         return np.array(tensor.numpy())
+
+    def renew(self, error: Exception) -> bool:
+        """Never: the group is Paddle's."""
+        return False
