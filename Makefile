@@ -20,7 +20,8 @@ lint: $(VENV)/.flatwater
 	$(BIN)/mypy
 
 bench: $(VENV)/.flatwater
-	$(BIN)/python benchmarks/kernels.py
+	$(BIN)/python -m pip install --quiet '.[test,bench]'
+	$(BIN)/python -m benchmarks --json benchmarks.json
 
 # Reinstalled when a source changes, so that a target never runs yesterday's code.
 SOURCES = pyproject.toml CMakeLists.txt $(shell find cpp src -type f -not -path '*/__pycache__/*')

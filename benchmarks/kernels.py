@@ -1,305 +1,238 @@
-"""How fast batch norm with a fused activation is, forward and backward, beside two yardsticks.
+"""The kernels alone, forward and backward, beside the time that moving the tensors' bytes takes.
 
-The floor
-    Such a step must read x and write y, then read x and dy and write dx: five passes over the tensor,
-    so two and a half copies of it. The copy is timed in the same rounds.
-Stock Paddle
-    ``batch_norm`` and the activation inside a graph, between an operator that produces their input and
-    one that consumes their output, less the time of that graph without them. Flatwater's layer is
-    timed in the same place, so that what autograd and allocation cost is in the figure.
+The floor counts passes over a tensor: forward reads x and writes y; backward reads x and dy and writes dx. Those are
+five, and a copy, which reads and writes, is two. A residual is read forward and its gradient written backward; with an
+activation behind them it is read backward too, for what the activation saw. So:
 
-Each round times everything once, in an order that rotates, so that what disturbs the machine disturbs all;
-every figure is the median over rounds, every ratio the median of the rounds' ratios, with quartiles.
+=====================  =======  ======
+between                passes   copies
+=====================  =======  ======
+no residual            5        2.5
+residual, none         7        3.5
+residual, activation   8        4.0
+=====================  =======  ======
 
-    python benchmarks/kernels.py --quick
+A copy is the faster of one ``memcpy`` and one per thread, timed in the same rounds. All memory is warm and begins at a
+multiple of 64 bytes, as a framework's tensors do; NumPy promises 16, off which no kernel can stream its stores.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import sys
-import time
-import warnings
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich import box
-from rich.console import Console
-from rich.table import Table
+import numpy.typing as npt
 
-from flatwater import host, kernels
+from benchmarks.shapes import LAYOUTS, Case, Shape, memory_shape
+from benchmarks.timing import Others, Quartiles, geometric_mean, rounds, timer
+from flatwater import kernels
 from flatwater.spec import Activation
 
-SHAPES = {
-    "8x64x224x224": (8, 64, 224, 224),
-    "32x256x56x56": (32, 256, 56, 56),
-    "32x128x28x28": (32, 128, 28, 28),
-    "32x256x14x14": (32, 256, 14, 14),
-    "32x512x7x7": (32, 512, 7, 7),
-    "64x96x12x80": (64, 96, 12, 80),
-}
-LAYOUTS = ("NCHW", "NHWC")
-ACTIVATIONS: tuple[Activation, ...] = ("none", "relu")
-PASSES_PER_COPY = 2.5
+__all__ = ["LIMITS", "Row", "Summary", "aligned", "copies", "measure", "summarize"]
 
-# Seconds: long enough that one interruption is not all there is.
-SHORTEST_SAMPLE = 0.02
+ALIGNMENT = 64
 
-# Processors that others may keep busy before the figures say more about them than about the kernels.
-QUIET = 0.1
+LIMITS = {"large": 1.25, "small": 2.0}
+"""Of kernel / floor, for batch norm + ReLU, by the size of the tensor."""
 
-Contender = Callable[[], object]
-
-
-@dataclass(frozen=True)
-class Quartiles:
-    """Of one number per round."""
-
-    lower: float
-    median: float
-    upper: float
-
-    @classmethod
-    def of(cls, values: np.ndarray) -> Quartiles:
-        return cls(*(float(value) for value in np.percentile(values, [25, 50, 75])))
-
-    def __str__(self) -> str:
-        return f"{self.median:.3g}\n[dim]{self.lower:.3g}–{self.upper:.3g}[/]"
+HALF_LIMIT = 0.6
+"""Of bfloat16 / float32, on large tensors."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One shape, layout and activation; times in milliseconds."""
+    """One tensor, layout, activation and residual; times in milliseconds."""
 
     shape: str
+    models: tuple[str, ...]
+    size: str
+    megabytes: float
     layout: str
     activation: str
+    residual: bool
+    dtype: str
+    copies: float
     floor: Quartiles
     kernel: Quartiles
-    kernel_to_floor: Quartiles
-    stock: Quartiles
-    layer: Quartiles
-    stock_to_layer: Quartiles
+    ratio: Quartiles
+    """kernel / floor; for bfloat16, of the float32 kernel's time instead of the floor."""
 
 
-# --- Contenders --------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Summary:
+    """What all tensors of one size and layout have in common."""
+
+    size: str
+    layout: str
+    dtype: str
+    what: str
+    tensors: int
+    geometric_mean: float
+    worst: float
+    worst_shape: str
+    limit: float | None
+
+    @property
+    def holds(self) -> bool | None:
+        """Whether the worst is within the limit; None where none is set."""
+        return None if self.limit is None else self.worst <= self.limit
 
 
-class Kernel:
-    """The two kernel calls of one training step, on memory that is already there."""
+def copies(activation: Activation, *, residual: bool) -> float:
+    """How many copies of the tensor move as many bytes as one forward and backward pass must."""
+    passes = 5 if not residual else 7 if activation == "none" else 8
+    return passes / 2
 
-    def __init__(self, shape: tuple[int, ...], layout: str, activation: Activation) -> None:
-        channels, last = shape[1], layout == "NHWC"
+
+def aligned(shape: Sequence[int], dtype: npt.DTypeLike = np.float32) -> npt.NDArray[Any]:
+    """An array of zeros whose first byte lies at a multiple of :data:`ALIGNMENT`; its pages are there."""
+    nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(nbytes + ALIGNMENT, np.uint8)
+    start = -kernels.Buffer.from_numpy(memory.reshape(1, -1)).pointer % ALIGNMENT
+    memory = memory[start : start + nbytes]
+    memory.fill(0)
+    return memory.view(dtype).reshape(shape)
+
+
+class Tensors:
+    """What batch norm reads and writes in one training step, in one layout and dtype."""
+
+    def __init__(self, shape: Shape, layout: str, dtype: str = "float32") -> None:
+        channels, size = shape[1], memory_shape(shape, layout)
+        stored = np.dtype(np.uint16 if dtype == "bfloat16" else dtype)
+        names = ("x", "y", "dy", "dx", "residual", "dresidual")
+        self.arrays = {name: aligned(size, stored) for name in names}
         generator = np.random.default_rng(0)
-        self.x, self.dy = generator.standard_normal((2, *memory_shape(shape, layout)), np.float32)
-        self.y, self.dx = np.zeros_like(self.x), np.zeros_like(self.x)
-        self.weight, self.bias = np.ones(channels, np.float32), np.zeros(channels, np.float32)
-        self.statistics = {name: np.zeros(channels) for name in ("mean", "m2", "inv_std")}
-        self.sums = {name: np.zeros(channels) for name in ("sum_dz", "sum_dz_xhat")}
-
-        as_buffer = partial(kernels.Buffer.from_numpy, channels_last=last)
-        self.buffers = [as_buffer(array) for array in (self.x, self.y, self.dy, self.dx)]
-        self.given: dict[str, Any] = {
-            "weight": kernels.Vector.from_numpy(self.weight),
-            "bias": kernels.Vector.from_numpy(self.bias),
-            "activation": activation,
+        for name in ("x", "dy", "residual"):
+            values = generator.standard_normal(size, np.float32)
+            # The upper half of a float32 is a bfloat16, rounded towards 0.
+            self.arrays[name][...] = values.view(np.uint32) >> 16 if dtype == "bfloat16" else values
+        last = layout == "NHWC"
+        self._buffers = {
+            name: kernels.Buffer.from_numpy(array, channels_last=last, dtype=dtype)
+            for name, array in self.arrays.items()
         }
+        self._parameters = np.ones(channels, np.float32), np.zeros(channels, np.float32)
+        self._mean, self._m2, self._inv_std, self._sum_dz, self._sum_dz_xhat = np.zeros((5, channels))
 
-    def step(self) -> None:
-        x, y, dy, dx = self.buffers
-        kernels.batch_norm_forward(x, y, epsilon=1e-5, **self.statistics, **self.given)
-        known = {"mean": self.statistics["mean"], "inv_std": self.statistics["inv_std"]}
-        kernels.batch_norm_backward(dy, x, dx, None, **known, **self.sums, **self.given)
+    def step(self, activation: Activation, *, residual: bool) -> Callable[[], None]:
+        """One training step: the two kernel calls."""
+        at, weight, bias = self._buffers, *map(kernels.Vector.from_numpy, self._parameters)
+        given: dict[str, Any] = {"weight": weight, "bias": bias, "activation": activation}
+        given["residual"] = at["residual"] if residual else None
+        dresidual = at["dresidual"] if residual else None
+        known: dict[str, Any] = {"mean": self._mean, "inv_std": self._inv_std}
+        sums: dict[str, Any] = {"sum_dz": self._sum_dz, "sum_dz_xhat": self._sum_dz_xhat}
 
+        def both() -> None:
+            kernels.batch_norm_forward(at["x"], at["y"], m2=self._m2, epsilon=1e-5, **known, **given)
+            kernels.batch_norm_backward(at["dy"], at["x"], at["dx"], dresidual, **known, **sums, **given)
 
-class Graph:
-    """A producer, perhaps a normalization and activation, and a consumer; forward and backward."""
+        return both
 
-    def __init__(self, shape: tuple[int, ...], layout: str, middle: Any = None) -> None:
-        import paddle
+    def copy(self) -> None:
+        """Copy x into y, in one piece."""
+        np.copyto(self.arrays["y"], self.arrays["x"])
 
-        size = memory_shape(shape, layout)
-        self.middle = middle or paddle.nn.Identity()
-        self.x, self.gradient = paddle.randn(size), paddle.randn(size)
-        self.x.stop_gradient = False
-        self.leaves = [self.x, *self.middle.parameters()]
+    def copy_in_pieces(self, threads: ThreadPoolExecutor) -> Callable[[], None]:
+        """Copy x into y, a piece for each thread."""
+        target, source = (np.array_split(self.arrays[name].reshape(-1), kernels.threads()) for name in ("y", "x"))
 
-    def step(self) -> None:
-        out = self.middle(self.x * 2.0) * 0.5
-        out.backward(self.gradient)
-        for leaf in self.leaves:
-            leaf.clear_gradient(set_to_zero=False)
+        def pieces() -> None:
+            for _ in threads.map(np.copyto, target, source):
+                pass
 
-
-def stock(channels: int, layout: str, activation: Activation) -> Any:
-    """Paddle's own layer, in training, and its activation."""
-    from paddle import nn
-
-    norm = nn.BatchNorm2D(channels, data_format=layout)
-    return norm if activation == "none" else nn.Sequential(norm, nn.ReLU())
+        return pieces
 
 
-def layer(channels: int, layout: str, activation: Activation) -> Any:
-    """Flatwater's layer, in training, with the activation inside."""
-    import flatwater.paddle as fw
+def measure(
+    cases: Iterable[Case],
+    *,
+    layouts: Iterable[str] = LAYOUTS,
+    activations: Iterable[Activation] = ("none", "relu", "hardswish"),
+    residuals: Iterable[bool] = (False, True),
+    count: int = 9,
+    progress: Callable[[str], object] = print,
+) -> dict[str, Any]:
+    """Every row and summary, ready for JSON.
 
-    return fw.BatchNorm2D(channels, data_format=layout, act=activation)
-
-
-class Copy:
-    """A copy of one tensor into warm memory: in one piece, or a piece for each thread."""
-
-    def __init__(self, kernel: Kernel, pool: ThreadPoolExecutor) -> None:
-        self.source, self.target, self.pool = kernel.x.reshape(-1), kernel.y.reshape(-1), pool
-        pieces = kernels.threads()
-        self.sources, self.targets = np.array_split(self.source, pieces), np.array_split(self.target, pieces)
-
-    def whole(self) -> None:
-        np.copyto(self.target, self.source)
-
-    def pieces(self) -> None:
-        for _ in self.pool.map(np.copyto, self.targets, self.sources):
-            pass
-
-
-def memory_shape(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
-    samples, channels, height, width = shape
-    return (samples, height, width, channels) if layout == "NHWC" else shape
-
-
-# --- Timing ------------------------------------------------------------------------------------------
-
-
-def milliseconds(contender: Contender, repeats: int) -> float:
-    contender()  # whatever ran before has the caches, and this one's threads may be asleep
-    start = time.perf_counter()
-    for _ in range(repeats):
-        contender()
-    return (time.perf_counter() - start) / repeats * 1e3
-
-
-def compare(contenders: dict[str, Contender], rounds: int) -> dict[str, np.ndarray]:
-    """One time per round and contender, in rounds that begin with another contender each."""
-    repeats = {}
-    for name, contender in contenders.items():
-        contender()  # allocations, pages
-        repeats[name] = max(1, round(SHORTEST_SAMPLE * 1e3 / milliseconds(contender, 3)))
-    names, times = list(contenders), {name: np.zeros(rounds) for name in contenders}
-    for index in range(rounds):
-        first = index % len(names)
-        for name in names[first:] + names[:first]:
-            times[name][index] = milliseconds(contenders[name], repeats[name])
-    return times
-
-
-def measure(name: str, layout: str, activation: Activation, rounds: int, pool: ThreadPoolExecutor) -> Row:
-    shape = SHAPES[name]
-    kernel = Kernel(shape, layout, activation)
-    copy = Copy(kernel, pool)
-    times = compare(
-        {
-            "copy": copy.whole,
-            "copy in pieces": copy.pieces,
-            "kernel": kernel.step,
-            "bare": Graph(shape, layout).step,
-            "stock": Graph(shape, layout, stock(shape[1], layout, activation)).step,
-            "layer": Graph(shape, layout, layer(shape[1], layout, activation)).step,
-        },
-        rounds,
-    )
-    floor = PASSES_PER_COPY * np.minimum(times["copy"], times["copy in pieces"])
-    stock_time, layer_time = times["stock"] - times["bare"], times["layer"] - times["bare"]
-    return Row(
-        name,
-        layout,
-        activation,
-        floor=Quartiles.of(floor),
-        kernel=Quartiles.of(times["kernel"]),
-        kernel_to_floor=Quartiles.of(times["kernel"] / floor),
-        stock=Quartiles.of(stock_time),
-        layer=Quartiles.of(layer_time),
-        stock_to_layer=Quartiles.of(stock_time / layer_time),
-    )
-
-
-class Others:
-    """How many processors everything else on this machine has kept busy since this was made (Linux; else 0)."""
-
-    def __init__(self) -> None:
-        self.began, self.busy, self.own = time.perf_counter(), self._busy(), time.process_time()
-
-    def processors(self) -> float:
-        others = (self._busy() - self.busy) - (time.process_time() - self.own)
-        return max(0.0, others / (time.perf_counter() - self.began))
-
-    @staticmethod
-    def _busy() -> float:
-        stat = Path("/proc/stat")
-        if not stat.exists():
-            return 0.0
-        user, nice, system, *_ = map(int, stat.read_text(encoding="ascii").split()[1:4])
-        return float((user + nice + system) / os.sysconf("SC_CLK_TCK"))
-
-
-# --- The command -------------------------------------------------------------------------------------
-
-
-def table_of(rows: list[Row], others: float) -> Table:
-    title = f"Batch norm + activation, forward and backward, float32, {kernels.threads()} threads, {kernels.isa()}"
-    caption = f"medians in ms, quartiles below them; other processes kept {others:.1f} processors busy"
-    if others > QUIET:
-        caption += "\n[bold]a team of threads waits for its slowest: measure again when the machine is quiet[/]"
-    table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD)
-    table.add_column("case", no_wrap=True, min_width=18)
-    for heading in ("floor", "kernel", "kernel\n/ floor", "stock\nPaddle", "layer", "stock\n/ layer"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in rows:
-        figures = (row.floor, row.kernel, row.kernel_to_floor, row.stock, row.layer, row.stock_to_layer)
-        table.add_row(f"{row.shape}\n{row.layout} {row.activation}", *map(str, figures))
-    return table
-
-
-def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Time the batch norm kernels against memory and stock Paddle.")
-    parser.add_argument("--quick", action="store_true", help="fewer rounds, and only the activation relu")
-    parser.add_argument("--rounds", type=int, help="rounds for each row (default 15, quick 5)")
-    parser.add_argument("--shape", action="append", choices=SHAPES, help="only this shape; may be repeated")
-    parser.add_argument("--layout", action="append", choices=LAYOUTS, help="only this layout")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure there as well")
-    options = parser.parse_args(arguments)
-    if options.rounds is not None and options.rounds < 1:
-        parser.error(f"--rounds {options.rounds}: at least one round is needed")
-    return options
-
-
-def main() -> None:
-    options = parse(sys.argv[1:])
-    if host.missing(os.environ):  # read when a process starts, so it has to start again
-        host.launch([sys.executable, *sys.argv])
-
-    warnings.filterwarnings("ignore", "No ccache found")  # Paddle, where it is imported
-    warnings.filterwarnings("ignore", "When training, we now always track")  # Paddle's layer, in every step
-    console, rows = Console(width=max(96, Console().width)), []
+    Args:
+        cases: the tensors.
+        layouts: of :data:`benchmarks.shapes.LAYOUTS`.
+        activations: behind the norm.
+        residuals: without, with, or both.
+        count: rounds.
+        progress: is told what is being measured.
+    """
+    rows: list[Row] = []
+    variants = [(activation, residual) for residual in residuals for activation in activations]
     others = Others()
-    rounds = options.rounds or (5 if options.quick else 15)
-    activations = ACTIVATIONS[-1:] if options.quick else ACTIVATIONS
-    with ThreadPoolExecutor(kernels.threads()) as pool, console.status("measuring") as status:
-        for name in options.shape or SHAPES:
-            for layout in options.layout or LAYOUTS:
-                for activation in activations:
-                    status.update(f"measuring {name} {layout} {activation}")
-                    rows.append(measure(name, layout, activation, rounds, pool))
-    console.print(table_of(rows, others.processors()))
-    if options.json:
-        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n", encoding="utf-8")
+    with ThreadPoolExecutor(kernels.threads()) as threads:
+        for case in cases:
+            for layout in layouts:
+                progress(f"kernels: {case.name} {layout}")
+                rows += _measure(case, layout, variants, count, threads)
+    return {
+        "rows": [asdict(row) for row in rows],
+        "summaries": [asdict(summary) | {"holds": summary.holds} for summary in summarize(rows)],
+        "others": others.processors(),
+    }
 
 
-if __name__ == "__main__":
-    main()
+def _measure(
+    case: Case, layout: str, variants: list[tuple[Activation, bool]], count: int, threads: ThreadPoolExecutor
+) -> list[Row]:
+    tensors = Tensors(case.shape, layout)
+    contenders = {"copy": tensors.copy, "copy in pieces": tensors.copy_in_pieces(threads)}
+    for activation, residual in variants:
+        contenders[f"{activation} {residual}"] = tensors.step(activation, residual=residual)
+    half = case.size == "large" and ("relu", False) in variants
+    if half:
+        contenders["bfloat16"] = Tensors(case.shape, layout, "bfloat16").step("relu", residual=False)
+    times = rounds({name: timer(step) for name, step in contenders.items()}, count)
+    copy = np.minimum(times["copy"], times["copy in pieces"])
+
+    def row(activation: Activation, residual: bool, dtype: str, kernel: Any, yardstick: Any) -> Row:
+        amount = copies(activation, residual=residual)
+        return Row(
+            case.name,
+            case.models,
+            case.size,
+            case.nbytes / 1e6,
+            layout,
+            activation,
+            residual,
+            dtype,
+            amount,
+            floor=Quartiles.of(amount * copy),
+            kernel=Quartiles.of(kernel),
+            ratio=Quartiles.of(kernel / yardstick),
+        )
+
+    rows = []
+    for activation, residual in variants:
+        kernel = times[f"{activation} {residual}"]
+        rows.append(row(activation, residual, "float32", kernel, copies(activation, residual=residual) * copy))
+    if half:
+        rows.append(row("relu", False, "bfloat16", times["bfloat16"], times["relu False"]))
+    return rows
+
+
+def summarize(rows: Iterable[Row]) -> list[Summary]:
+    """Geometric mean and worst ratio by size, layout, and what was computed; tiny tensors have no limit and no line."""
+    groups: dict[tuple[str, str, str, str], list[Row]] = {}
+    for row in rows:
+        if row.size != "tiny":
+            what = row.activation + (" + residual" if row.residual else "")
+            groups.setdefault((row.size, row.layout, row.dtype, what), []).append(row)
+    found = []
+    for (size, layout, dtype, what), members in groups.items():
+        worst = max(members, key=lambda row: row.ratio.median)
+        limit = HALF_LIMIT if dtype == "bfloat16" else LIMITS[size] if what == "relu" else None
+        mean = geometric_mean(row.ratio.median for row in members)
+        found.append(Summary(size, layout, dtype, what, len(members), mean, worst.ratio.median, worst.shape, limit))
+    return found

@@ -1,0 +1,156 @@
+"""``python -m benchmarks``: run the parts, print their tables, and write everything to one JSON file."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module, util
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console, RenderableType
+
+from benchmarks import accuracy, kernels, layers, machine, memory, report, shapes
+from flatwater import host
+
+__all__: list[str] = []
+
+PARTS = ("kernels", "layers", "memory", "accuracy", "host")
+
+NORMS = ("none", "relu", "hardswish", "group", "instance")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure, and how often."""
+
+    cases: list[shapes.Case]
+    layouts: tuple[str, ...]
+    norms: tuple[str, ...]
+    environments: tuple[str, ...]
+    torch: bool
+    quick: bool
+    rounds: int
+    progress: Callable[[str], object]
+
+    @property
+    def activations(self) -> tuple[Any, ...]:
+        """Those of the norms that are batch norm and an activation."""
+        return tuple(norm for norm in self.norms if norm not in ("group", "instance"))
+
+
+def run_kernels(options: Options) -> dict[str, Any]:
+    """The kernels alone, beside the floor."""
+    return kernels.measure(
+        options.cases,
+        layouts=options.layouts,
+        activations=options.activations,
+        count=options.rounds,
+        progress=options.progress,
+    )
+
+
+def run_layers(options: Options) -> dict[str, Any]:
+    """The layers in a model, beside Paddle's and PyTorch's."""
+    return layers.measure(
+        options.cases,
+        layouts=options.layouts,
+        norms=options.norms,
+        environments=options.environments,
+        torch=options.torch,
+        count=options.rounds,
+        progress=options.progress,
+    )
+
+
+def run_memory(options: Options) -> dict[str, Any]:
+    """Peaks, page faults, and the pool."""
+    return memory.measure(
+        options.cases,
+        layouts=options.layouts,
+        environments=options.environments,
+        count=1 if options.quick else 3,
+        progress=options.progress,
+    )
+
+
+def run_accuracy(options: Options) -> dict[str, Any]:
+    """Errors against float64."""
+    options.progress("accuracy")
+    return accuracy.measure(torch=options.torch, quick=options.quick)
+
+
+MEASURES: dict[str, tuple[Callable[[Options], dict[str, Any]], Callable[[Any], list[RenderableType]]]] = {
+    "kernels": (run_kernels, report.kernels),
+    "layers": (run_layers, report.layers),
+    "memory": (run_memory, report.memory),
+    "accuracy": (run_accuracy, report.accuracy),
+}
+
+
+@click.command("benchmarks", context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("parts", nargs=-1, type=click.Choice([*PARTS, "all"]), metavar=f"[{'|'.join(PARTS)}|all]...")
+@click.option("--quick", is_flag=True, help="Six shapes, fewer rounds and draws: a first look, no result.")
+@click.option("--model", "models", multiple=True, type=click.Choice([*shapes.MODELS]), help="Only its shapes.")
+@click.option("--layout", "layouts", multiple=True, type=click.Choice(shapes.LAYOUTS), help="Only this layout.")
+@click.option("--norm", "norms", multiple=True, type=click.Choice(NORMS), help="Only this activation, or norm.")
+@click.option(
+    "--environment", "environments", multiple=True, type=click.Choice([*machine.ENVIRONMENTS]), help="Only it."
+)
+@click.option("--rounds", type=click.IntRange(min=1), help="Rounds behind each median  [default: 9; quick: 3]")
+@click.option("--json", "target", type=click.Path(dir_okay=False, path_type=Path), help="Write everything there, too.")
+def command(
+    parts: tuple[str, ...],
+    quick: bool,
+    models: tuple[str, ...],
+    layouts: tuple[str, ...],
+    norms: tuple[str, ...],
+    environments: tuple[str, ...],
+    rounds: int | None,
+    target: Path | None,
+) -> None:
+    """Measure Flatwater's normalization beside its limits and its alternatives; all parts if none is named."""
+    if host.missing(os.environ):  # read when a process starts, so it has to start again
+        host.launch([sys.executable, "-m", "benchmarks", *sys.argv[1:]])
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that workers are ended
+
+    cases = shapes.cases(models, quick=quick)
+    if not cases:
+        raise click.UsageError(f"--quick leaves no shape of {', '.join(models)}; name another model, or leave it out")
+    console = Console(width=max(100, Console().width) if not sys.stdout.isatty() else None)
+    torch = util.find_spec("torch") is not None
+    document: dict[str, Any] = {"machine": machine.describe(), "parts": {}}
+    console.print(machine.summary(document["machine"]), highlight=False)
+    if not torch:
+        console.print("PyTorch is not installed: its columns are missing. pip install '.[bench]' brings it.")
+    with console.status("") as status:
+        options = Options(
+            cases=cases,
+            layouts=layouts or shapes.LAYOUTS,
+            norms=norms or NORMS,
+            environments=environments or tuple(machine.ENVIRONMENTS),
+            torch=torch,
+            quick=quick,
+            rounds=rounds or (3 if quick else 9),
+            progress=status.update,
+        )
+        for part in PARTS if not parts or "all" in parts else dict.fromkeys(parts):
+            if part == "host":
+                status.stop()
+                import_module("benchmarks.host").main()
+                continue
+            measure, tables = MEASURES[part]
+            document["parts"][part] = result = measure(options)
+            for table in tables(result):
+                console.print(table)
+            if target:  # after each part: what is measured is kept whatever happens to the next
+                target.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    command()

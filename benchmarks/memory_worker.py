@@ -1,0 +1,114 @@
+"""What a training step does to this process's memory, as Linux counts it; Paddle, stock and with Flatwater's layers."""
+
+from __future__ import annotations
+
+import re
+import resource
+from collections.abc import Callable
+from itertools import chain
+from pathlib import Path
+
+import paddle
+from paddle import nn
+
+from benchmarks.paddle_worker import Graph, flatwater, stock
+from benchmarks.worker import serve
+from flatwater.kernels import pool
+
+__all__: list[str] = []
+
+MAKERS: dict[str, Callable[[int, str, str], nn.Layer]] = {"stock": stock, "flatwater": flatwater}
+
+
+class Scale(nn.Layer):  # type: ignore[misc] # Paddle's annotations are not read
+    """What saves nothing for its backward pass."""
+
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        """Twice x."""
+        return x * 2.0
+
+
+def peak(shape: list[int], brand: str, neighbours: str, blocks: int) -> int:
+    """Bytes by which the first training step of norms and ReLUs between neighbours raises resident memory's peak.
+
+    Parameters and what libraries load are there before: a step on one small image has been taken.
+
+    Args:
+        shape: (N, C, H, W).
+        brand: stock, flatwater.
+        neighbours: ``scale``, or ``conv``: 1×1, keeping the channels, so that they need little room of their own.
+        blocks: how many times neighbour, norm and ReLU stand behind each other, before a last neighbour.
+    """
+    channels = shape[1]
+
+    def neighbour() -> nn.Layer:
+        return Scale() if neighbours == "scale" else nn.Conv2D(channels, channels, 1)
+
+    pairs = [(neighbour(), MAKERS[brand](channels, "NCHW", "relu")) for _ in range(blocks)]
+    model = nn.Sequential(*chain.from_iterable(pairs), neighbour())
+    _training_step(model, [1, channels, 8, 8])
+    x, gradient = _input(shape)
+    before = _resident()
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak is what is resident now
+    model(x).backward(gradient)
+    return _status("VmHWM") - before
+
+
+def faults(shape: list[int], layout: str, brand: str, warm: int, steps: int) -> float:
+    """Page faults per training step in the steady state, of the graph that :mod:`benchmarks.layers` times.
+
+    Args:
+        shape: (N, C, H, W).
+        layout: NCHW, NHWC.
+        brand: ``bare`` has no norm; its faults are the producer's and the consumer's.
+        warm: steps before counting begins.
+        steps: steps that are counted.
+    """
+    middle = nn.Identity() if brand == "bare" else MAKERS[brand](shape[1], layout, "relu")
+    graph = Graph(shape, layout, middle)
+    for _ in range(warm):
+        graph.step()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(steps):
+        graph.step()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / steps
+
+
+def bounded(shapes: list[list[int]], steps: int) -> dict[str, int]:
+    """What the pool holds after steps on tensors of all these shapes, and what the process gets back from it."""
+    for shape in shapes:
+        graph = Graph(shape, "NCHW", flatwater(shape[1], "NCHW", "relu"))
+        for _ in range(steps):
+            graph.step()
+    del graph
+    statistics, before = pool.statistics(), _resident()
+    trimmed = pool.trim()
+    return statistics._asdict() | {"trimmed": trimmed, "resident_fell_by": before - _resident()}
+
+
+def _training_step(model: nn.Layer, shape: list[int]) -> None:
+    x, gradient = _input(shape)
+    model(x).backward(gradient)
+    model.clear_gradients()
+
+
+def _input(shape: list[int]) -> tuple[paddle.Tensor, paddle.Tensor]:
+    x, gradient = paddle.ones(shape), paddle.ones(shape)
+    x.stop_gradient = False
+    return x, gradient
+
+
+def _resident() -> int:
+    return _status("VmRSS")
+
+
+def _status(field: str) -> int:
+    """One of the sizes in ``/proc/self/status``, in bytes."""
+    found = re.search(rf"^{field}:\s*(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"), re.MULTILINE)
+    if found is None:
+        raise OSError(f"/proc/self/status says nothing of {field}; this part needs Linux")
+    return int(found[1]) * 1024
+
+
+if __name__ == "__main__":
+    serve({"peak": peak, "faults": faults, "bounded": bounded})

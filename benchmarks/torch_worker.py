@@ -1,0 +1,109 @@
+"""PyTorch's side of the comparison: the graphs of :mod:`benchmarks.layers`, in a process without Paddle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import util
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.hard_data import HardCase, read_case, write_results
+from benchmarks.timing import timer
+from benchmarks.worker import serve
+
+__all__: list[str] = []
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"relu": nn.ReLU, "hardswish": nn.Hardswish}
+
+LAYOUTS = ("contiguous", "channels_last", "onednn")
+
+NOT_IN_ONEDNN = ("hardswish",)
+"""Activations that PyTorch's oneDNN tensors lack."""
+
+
+class Graph:
+    """A producer, perhaps a norm and activation, and a consumer; forward and backward."""
+
+    def __init__(self, shape: list[int], layout: str, middle: nn.Module) -> None:
+        x, self.gradient = (self._as(layout, torch.randn(shape)) for _ in range(2))
+        self.x, self.middle = x.requires_grad_(), middle
+
+    def step(self) -> None:
+        """One training step's share: both passes, gradients dropped as an optimizer's ``zero_grad`` drops them."""
+        out = self.middle(self.x * 2.0) * 0.5
+        out.backward(self.gradient)
+        self.x.grad = None
+        self.middle.zero_grad()
+
+    @staticmethod
+    def _as(layout: str, tensor: torch.Tensor) -> torch.Tensor:
+        if layout == "onednn":
+            return tensor.to_mkldnn()
+        return tensor.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else tensor
+
+
+class Contenders:
+    """The graphs of the shape that is being measured, by name."""
+
+    def __init__(self) -> None:
+        self._graphs: dict[str, Graph] = {}
+
+    def prepare(self, shape: list[int], activations: list[str]) -> list[str]:
+        """Make the graphs for this shape; returns their names: ``LAYOUT bare`` and ``LAYOUT ACTIVATION``."""
+        self._graphs = {}
+        for layout in LAYOUTS:
+            self._graphs[f"{layout} bare"] = Graph(shape, layout, nn.Identity())
+            for activation in activations:
+                if layout != "onednn" or activation not in NOT_IN_ONEDNN:
+                    self._graphs[f"{layout} {activation}"] = Graph(shape, layout, _norm(shape[1], activation))
+        return list(self._graphs)
+
+    def time(self, contender: str, repeats: int) -> float:
+        """Milliseconds of one step."""
+        return timer(self._graphs[contender].step)(repeats)
+
+
+def describe() -> dict[str, Any]:
+    """What computes here."""
+    return {
+        "threads": torch.get_num_threads(),
+        "isa": torch.backends.cpu.get_cpu_capability(),
+        "onednn": torch.backends.mkldnn.is_available(),  # type: ignore[no-untyped-call]
+        "ipex": util.find_spec("intel_extension_for_pytorch") is not None,
+    }
+
+
+def batch_norm(source: str, target: str) -> None:
+    """One training step of batch norm on a case's tensors; its results are written to ``target``."""
+    case: HardCase = read_case(source)
+    norm = nn.BatchNorm2d(case.x.shape[1], eps=case.epsilon, momentum=0.1)
+    assert norm.running_var is not None
+    with torch.no_grad():
+        norm.weight.copy_(torch.from_numpy(case.weight))
+        norm.bias.copy_(torch.from_numpy(case.bias))
+        norm.running_var.zero_()
+    x = torch.from_numpy(case.x).requires_grad_()
+    y = norm(x)
+    y.backward(torch.from_numpy(case.dy))
+    results: dict[str, Any] = {"y": y.detach(), "dx": x.grad, "dγ": norm.weight.grad, "dβ": norm.bias.grad}
+    results["running variance"] = norm.running_var
+    write_results(target, {name: tensor.numpy() for name, tensor in results.items()})
+
+
+def _norm(channels: int, activation: str) -> nn.Module:
+    norm = nn.BatchNorm2d(channels)
+    return norm if activation == "none" else nn.Sequential(norm, ACTIVATIONS[activation]())
+
+
+if __name__ == "__main__":
+    contenders = Contenders()
+    serve(
+        {
+            "describe": describe,
+            "prepare": contenders.prepare,
+            "time": contenders.time,
+            "batch_norm": batch_norm,
+        }
+    )
