@@ -81,26 +81,36 @@ def layers(result: Result) -> list[RenderableType]:
             if chosen:
                 tables.append(_layer_table(environment, norm, chosen, _busy(result)))
 
-    contenders = [name for name in HEADINGS if any(name in row["ratios"] for row in rows)]
-    table = _table("Layers, summary: geometric mean of time / ours, and the worst", "environment", "layout", "norm")
-    for contender in contenders:
-        _right(table, HEADINGS[contender])
-        _right(table, "\nworst")
-    summaries = {
-        (summary["environment"], summary["layout"], summary["norm"], summary["contender"]): summary
-        for summary in result["summaries"]
-    }
-    for key in _unique(key[:3] for key in summaries):
-        cells = []
+    return _pages(*tables, *_layer_summaries(result["summaries"]))
+
+
+def _layer_summaries(summaries: Sequence[Result]) -> list[Table]:
+    contenders = [name for name in HEADINGS if any(summary["contender"] == name for summary in summaries)]
+    tables = []
+    for environment in _unique(summary["environment"] for summary in summaries):
+        title = f"Layers, {environment} environment: geometric mean of their time / ours, and the worst"
+        table = _table(title, "layout", "norm")
         for contender in contenders:
-            summary = summaries.get((*key, contender))
-            cells += ["", ""] if summary is None else _layer_summary(summary)
-        table.add_row(*key, *cells)
-    table.caption = (
-        "goals in the tuned environment: 3 beside Paddle and 2.5 beside the better torch layout for batch norm and an\n"
-        f"activation, 2 beside Paddle for every other norm, 1 for the worst; {MISSED} missed"
-    )
-    return _pages(*tables, table)
+            _right(table, HEADINGS[contender])
+            _right(table, "\nworst")
+        found = {
+            (summary["layout"], summary["norm"], summary["contender"]): summary
+            for summary in summaries
+            if summary["environment"] == environment
+        }
+        for layout, norm in _unique(key[:2] for key in found):
+            cells = []
+            for contender in contenders:
+                summary = found.get((layout, norm, contender))
+                cells += ["", ""] if summary is None else _layer_summary(summary)
+            table.add_row(layout, norm, *cells)
+        if environment == "tuned":
+            table.caption = (
+                "goals: 3 beside Paddle and 2.5 beside the better torch layout for batch norm and an activation,\n"
+                f"2 beside Paddle for every other norm, 1 for the worst; {MISSED} missed"
+            )
+        tables.append(table)
+    return tables
 
 
 def _layer_summary(summary: Result) -> list[str]:
@@ -204,7 +214,9 @@ def _pages(*tables: Table) -> list[RenderableType]:
     for table in tables:
         title, caption = table.title, table.caption
         table.title = table.caption = None
-        parts = [f"\n[bold]{title}[/]", table, *([f"[dim]{caption}[/]\n"] if caption else [])]
+        parts: list[RenderableType] = [f"\n[bold]{title}[/]", table]
+        if caption:
+            parts.append(f"[dim]{caption}[/]\n")
         pages.append(Group(*parts))
     return pages
 
