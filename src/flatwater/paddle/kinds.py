@@ -30,7 +30,7 @@ def normalizes_by_batch(layer: Any, *, training: bool) -> bool:
     """
     if isinstance(layer, nn.BatchNorm):
         return (training or bool(layer._trainable_statistics)) and not layer._use_global_stats
-    if isinstance(layer, nn.SyncBatchNorm):
+    if isinstance(layer, nn.SyncBatchNorm) and not isinstance(layer, NormLayer):
         return training
     if isinstance(layer, NormLayer) or layer._use_global_stats is None:
         return training and not layer._use_global_stats
