@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 
-.PHONY: ocr test lint bench clean
+.PHONY: ocr test lint bench sanitize fuzz clean
 .DELETE_ON_ERROR:
 
 # The whole road: render Chinese text lines, train, fold, export, verify, report -> runs/ocr
@@ -22,6 +22,28 @@ lint: $(VENV)/.flatwater
 bench: $(VENV)/.flatwater
 	$(BIN)/python -m pip install --quiet '.[test,bench]'
 	$(BIN)/python -m benchmarks --json benchmarks.json
+
+# The instruction sets of this machine, as FLATWATER_ISA names them.
+ISAS = baseline $(foreach flag,avx2 avx512,$(if $(shell grep -m 1 -w -e $(flag) -e $(flag)bw /proc/cpuinfo),$(flag)))
+
+# The kernels' tests with every access looked at. Python and Paddle have leaks and mismatched deletes of their own.
+SANITIZERS = address,undefined
+SANITIZED  = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+             ASAN_OPTIONS=detect_leaks=0:alloc_dealloc_mismatch=0 PYTHONPATH=build/sanitize
+
+sanitize: $(VENV)/.flatwater
+	CXX=$(CXX) $(BIN)/python -m pip install --quiet --upgrade --no-deps --target build/sanitize \
+	    --config-settings=build-dir=build/sanitize-objects --config-settings=cmake.build-type=RelWithDebInfo \
+	    --config-settings=cmake.define.FLATWATER_SANITIZE=$(SANITIZERS) .
+	nm -D build/sanitize/flatwater/kernels/_cpu.*.so | grep -q __asan_
+	set -e; for isa in $(ISAS); do $(SANITIZED) FLATWATER_ISA=$$isa $(BIN)/python -m pytest tests/kernels; done
+
+# Random calls against the formulas, under the same sanitizers; for libFuzzer see fuzz/CMakeLists.txt.
+fuzz:
+	cmake -S . -B build/fuzz -DCMAKE_CXX_COMPILER=$(CXX) -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+	    -DFLATWATER_FUZZ=standalone -DFLATWATER_SANITIZE=$(SANITIZERS)
+	cmake --build build/fuzz --parallel 2
+	set -e; for isa in $(ISAS); do FLATWATER_ISA=$$isa build/fuzz/fuzz/fuzz_kernels 2000; done
 
 # Reinstalled when a source changes, so that a target never runs yesterday's code.
 SOURCES = pyproject.toml CMakeLists.txt $(shell find cpp src -type f -not -path '*/__pycache__/*')
