@@ -66,24 +66,24 @@ def faults(shape: list[int], layout: str, brand: str, warm: int, steps: int) -> 
     """
     middle = nn.Identity() if brand == "bare" else MAKERS[brand](shape[1], layout, "relu")
     graph = Graph(shape, layout, middle)
-    for _ in range(warm):
-        graph.step()
+    _steady(graph, warm)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(steps):
-        graph.step()
+    _steady(graph, steps)
     return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / steps
 
 
 def bounded(shapes: list[list[int]], steps: int) -> dict[str, int]:
     """What the pool holds after steps on tensors of all these shapes, and what the process gets back from it."""
     for shape in shapes:
-        graph = Graph(shape, "NCHW", flatwater(shape[1], "NCHW", "relu"))
-        for _ in range(steps):
-            graph.step()
-    del graph
+        _steady(Graph(shape, "NCHW", flatwater(shape[1], "NCHW", "relu")), steps)
     statistics, before = pool.statistics(), _resident()
     trimmed = pool.trim()
     return statistics._asdict() | {"trimmed": trimmed, "resident_fell_by": before - _resident()}
+
+
+def _steady(graph: Graph, steps: int) -> None:
+    for _ in range(steps):
+        graph.step()
 
 
 def _training_step(model: nn.Layer, shape: list[int]) -> None:
