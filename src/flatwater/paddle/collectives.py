@@ -21,7 +21,7 @@ from paddle import distributed
 from flatwater.errors import DistributedError
 from flatwater.kernels import Statistics
 from flatwater.paddle.lanes import DeviceTransport, GlooTransport, Transport, Worker
-from flatwater.paddle.reports import Reports
+from flatwater.paddle.reports import Report, Reports
 
 __all__ = ["Communicator", "Direction", "Operation", "communicator_of", "world_ranks"]
 
@@ -67,6 +67,7 @@ class Communicator:
         self._worker = Worker("flatwater-collective")
         self._reports = Reports(ranks, rank)
         self._calls = 0
+        self._renewed = 0
         self._failure: str | None = None
 
     def sum(self, values: Statistics, operation: Operation, timeout: float) -> Statistics:
@@ -104,7 +105,7 @@ class Communicator:
             except DistributedError:
                 raise
             except Exception as error:  # whatever gloo or the device's library raises
-                if not transport.renew(error):
+                if not self._renew(error, operation, started):
                     self._fail(operation, started, f"the connection failed ({str(error).splitlines()[0]})")
 
     def _await(self, job: Future[Statistics], operation: Operation, started: float, timeout: float) -> Statistics:
@@ -115,18 +116,31 @@ class Communicator:
                 return job.result()
             if left <= _PATIENCE:
                 self._fail(operation, started, f"not every rank came within timeout={timeout:g} s")
-            self._reports.publish(self._calls, str(operation))
-            if self._reports.contradict(self._calls, str(operation)):
+            report = Report(self.rank, self._calls, str(operation), self._renewed == self._calls)
+            self._reports.publish(report)
+            if self._reports.contradict(report):
                 self._fail(operation, started, "the ranks are not at the same thing")
+
+    def _renew(self, error: Exception, operation: Operation, started: float) -> bool:
+        """Get new connections, if the old ones expired while a rank waited: this one, or one that waits for it."""
+        if not self._transport.may_be_late(error):
+            return False
+        report = Report(self.rank, self._calls, str(operation), renewing=True)
+        if time.monotonic() - started < self._transport.patience and not self._reports.invite(report):
+            return False
+        self._transport.renew()
+        self._renewed = self._calls
+        self._reports.publish(report)
+        return True
 
     def _fail(self, operation: Operation, started: float, what: str) -> NoReturn:
         waited = time.monotonic() - started
-        self._reports.publish(self._calls, str(operation), fault=what)
-        seen = self._reports.collect()
+        report = Report(self.rank, self._calls, str(operation), fault=what)
+        self._reports.publish(report)
         self._failure = (
             f"{operation}, sum {self._calls} of rank {self.rank} in ranks {list(self.ranks)}: {what}, "
-            f"after {waited:.1f} s; seen: {seen}; let every rank run the same layers in the same order, "
-            "and start again from the last checkpoint"
+            f"after {waited:.1f} s; seen: {self._reports.collect(report)}; let every rank run the same layers in the "
+            "same order, and start again from the last checkpoint"
         )
         raise DistributedError(self._failure)
 

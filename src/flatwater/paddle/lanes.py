@@ -61,8 +61,11 @@ class Transport(Protocol):
             RuntimeError: what gloo or the device's library said.
         """
 
-    def renew(self, error: Exception) -> bool:
-        """Make ready for another attempt, if ``error`` is that a rank was late."""
+    def may_be_late(self, error: Exception) -> bool:
+        """Whether ``error`` may mean that a rank came too late for gloo's patience."""
+
+    def renew(self) -> None:
+        """Forget all connections; the next sum makes new ones."""
 
 
 class Worker:
@@ -152,13 +155,14 @@ class GlooTransport:
             lane = self._lanes[width] = self._build(width)
         return lane.sum(vector)
 
-    def renew(self, error: Exception) -> bool:
-        """After gloo's 30 s. The late rank will find its old connections closed, and come to the new ones too."""
-        if "TIMEOUT" not in str(error):
-            return False
+    def may_be_late(self, error: Exception) -> bool:
+        """Gloo says the same of connections that expired, here or at the other end, and of an ended process."""
+        return "TIMEOUT" in str(error)
+
+    def renew(self) -> None:
+        """See :class:`Transport`."""
         self._lanes.clear()
         self._generation += 1
-        return True
 
     def _build(self, width: int) -> _Lane:
         self._store = self._store or connect_store()
@@ -214,6 +218,9 @@ class DeviceTransport:
         self._group.process_group.all_reduce(tensor, _SUM, True)
         return np.array(tensor.numpy())
 
-    def renew(self, error: Exception) -> bool:
-        """Never: the group is Paddle's."""
+    def may_be_late(self, error: Exception) -> bool:
+        """Never: Paddle sets how long its groups wait."""
         return False
+
+    def renew(self) -> None:
+        """Nothing: the group is Paddle's."""

@@ -5,82 +5,125 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from typing import Any
+from dataclasses import asdict, dataclass
 
 from flatwater.paddle.lanes import Worker, connect_store
 
-__all__ = ["Reports"]
+__all__ = ["Report", "Reports"]
 
-# How long a rank that knows of a fault waits for the others to say what they saw.
-_GRACE = 2.0
+# How long the store may take to answer, and how long a rank waits for the others to say that they wait for it,
+# or what they saw of a fault: the latter longer, so that nobody has gone while others still wait for the former.
+_ANSWER = 2.0
+_INVITATION = 1.0
+_TESTIMONY = 4.0
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a rank says about itself.
+
+    Attributes:
+        rank: whose report it is.
+        call: how many sums it has begun.
+        operation: what the last of them is for.
+        renewing: whether its connections expired while it waited, so that it waits at new ones.
+        fault: why it gave up; None while it waits.
+    """
+
+    rank: int
+    call: int
+    operation: str
+    renewing: bool = False
+    fault: str | None = None
+
+    def __str__(self) -> str:
+        fault = f" ({self.fault})" if self.fault else ""
+        return f"is in sum {self.call}, {self.operation}{fault}"
 
 
 class Reports:
-    """What ranks in trouble say about themselves, in the store. Never raises, never blocks for long."""
+    """The reports of a communicator's ranks. Nothing here raises, or blocks for longer than seconds."""
 
     def __init__(self, ranks: tuple[int, ...], rank: int) -> None:
-        self._ranks = ranks
-        self._rank = rank
+        self._others = [other for other in ranks if other != rank]
         self._key = f"flatwater/reports/{','.join(map(str, ranks))}"
-        self._worker: Worker | None = None
-        self._store: Any = None
-        self._published: list[Any] = []
+        self._worker = Worker("flatwater-reports")
+        # Now, while the store's host lives; whoever looks for it later may look for long.
+        self._connecting = self._worker.submit(connect_store)
+        self._published: Report | None = None
         self._read = 0
-        self._latest: dict[int, dict[str, Any]] = {}
+        self._latest: dict[int, Report] = {}
         self._reachable = True
+        self._asked = False
 
-    def publish(self, call: int, operation: str, fault: str | None = None) -> None:
-        report = [call, operation, fault]
+    def publish(self, report: Report) -> None:
+        """Let the others know, if they do not."""
         if report != self._published:
             self._published = report
-            text = json.dumps({"rank": self._rank, "call": call, "operation": operation, "fault": fault})
-            self._do(lambda: self._append(text))
+            self._do(lambda: self._append(json.dumps(asdict(report))))
 
-    def contradict(self, call: int, operation: str) -> bool:
-        """Whether a rank is at something else, or has given up."""
+    def contradict(self, mine: Report) -> bool:
+        """Whether a rank has given up, or is at something else."""
         self._do(self._refresh)
         return any(
-            report["fault"] or (report["call"] == call and report["operation"] != operation)
+            report.fault or (report.call == mine.call and report.operation != mine.operation)
             for report in self._latest.values()
         )
 
-    def collect(self) -> str:
-        """What every other rank said, after giving them time to say it."""
-        end = time.monotonic() + _GRACE
-        others = [rank for rank in self._ranks if rank != self._rank]
-        while time.monotonic() < end and self._reachable and not all(rank in self._latest for rank in others):
-            self._do(self._refresh)
-            time.sleep(0.05)
-        return "; ".join(f"rank {rank} {self._describe(rank)}" for rank in others)
+    def invite(self, mine: Report) -> bool:
+        """Whether a rank that waits for this one's sum has, or just now gets, new connections."""
 
-    def _describe(self, rank: int) -> str:
+        def waits(report: Report) -> bool:
+            return report.renewing and report.call == mine.call and not report.fault
+
+        return self._look(_INVITATION, lambda: any(map(waits, self._latest.values())))
+
+    def collect(self, mine: Report) -> str:
+        """What every other rank says."""
+
+        def spoken(rank: int) -> bool:
+            return rank in self._latest and self._latest[rank].call >= mine.call
+
+        self._look(_TESTIMONY, lambda: all(map(spoken, self._others)))
+        return "; ".join(f"rank {rank} {self._describe(rank, mine.call)}" for rank in self._others)
+
+    def _describe(self, rank: int, call: int) -> str:
         report = self._latest.get(rank)
-        if report is None:
-            silent = "says nothing: it died, or is not in a SyncBatchNorm"
-            return silent if self._reachable else "cannot be asked: the store's host (rank 0) does not answer"
-        fault = f" ({report['fault']})" if report["fault"] else ""
-        return f"is in sum {report['call']}, {report['operation']}{fault}"
+        if report is not None and (report.call >= call or report.fault):
+            return str(report)
+        if self._asked:
+            return "says nothing: it died, or is not in a SyncBatchNorm"
+        return "cannot be asked: the store's host (rank 0) does not answer"
+
+    def _look(self, seconds: float, found: Callable[[], bool]) -> bool:
+        """Read until ``found`` holds, or for so long."""
+        end = time.monotonic() + seconds
+        while self._reachable and time.monotonic() < end:
+            self._do(self._refresh)
+            if found():
+                return True
+            time.sleep(0.05)
+        return False
 
     def _do(self, job: Callable[[], None]) -> None:
         """Do a thing with the store, in a thread of its own: its host may be what has died."""
         if not self._reachable:
             return
-        self._worker = self._worker or Worker("flatwater-reports")
         try:
-            self._worker.submit(job).result(_GRACE)
+            self._worker.submit(job).result(_ANSWER)
         except Exception:  # whatever a dead connection raises: then the others cannot be asked
             self._reachable = False
 
     def _append(self, text: str) -> None:
-        self._store = self._store or connect_store()
-        index = self._store.add(self._key, 1)
-        self._store.set(f"{self._key}/{index}", text)
+        store = self._connecting.result()
+        store.set(f"{self._key}/{store.add(self._key, 1)}", text)
 
     def _refresh(self) -> None:
-        self._store = self._store or connect_store()
-        last = self._store.add(self._key, 0)
+        store = self._connecting.result()
+        last = store.add(self._key, 0)
         while self._read < last:
             self._read += 1
-            report = json.loads(self._store.get(f"{self._key}/{self._read}"))
-            if report["rank"] != self._rank:
-                self._latest[report["rank"]] = report
+            report = Report(**json.loads(store.get(f"{self._key}/{self._read}")))
+            if report.rank in self._others:
+                self._latest[report.rank] = report
+        self._asked = True

@@ -8,12 +8,11 @@ import numpy as np
 import paddle
 
 from flatwater.errors import InputError
-from flatwater.paddle.autograd import normalize, update_running
 from flatwater.paddle.backend import is_replay
 from flatwater.paddle.collectives import communicator_of, world_ranks
 from flatwater.paddle.kinds import normalizes_by_batch
 from flatwater.paddle.layers import _BatchNorm
-from flatwater.paddle.sync_call import Shared, SyncBatchNormCall
+from flatwater.paddle.sync_call import Shared, SyncNormCall, normalize_shared
 from flatwater.spec import SingleValue
 
 __all__ = ["SyncBatchNorm"]
@@ -120,17 +119,17 @@ class SyncBatchNorm(_BatchNorm, paddle.nn.SyncBatchNorm):
                 "capture it in eval(), or train with to_static(full_graph=False)"
             )
         held = self._held()
-        found = self._check(x, residual, held)
+        self._check(x, residual, held)
         spec = self._spec()
         communicator = communicator_of(ranks, self._group_id, x.place)
-        call = SyncBatchNormCall.over_ranks(
+        call = SyncNormCall(
             Shared(communicator, self._label(), self._timeout),
             np.asarray(self._mean.numpy(), np.float64),
-            channels_last=found.channels_last,
+            channels_last=self._channels_last(),
             activation=spec.activation,
             epsilon=spec.epsilon,
         )
-        y = normalize(x, held.weight, held.bias, residual, call)
+        y = normalize_shared(x, self.weight, self.bias, residual, call)
         if not is_replay():
-            update_running(self._mean, self._variance, call, spec)
+            call.update(self._mean, self._variance, spec)
         return y

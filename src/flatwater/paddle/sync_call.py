@@ -1,4 +1,4 @@
-"""One call of synchronised batch norm: the kernels' halves, and between them one sum over the ranks.
+"""Synchronised batch norm as a differentiable function: the kernels' halves, and between them one sum over ranks.
 
 The forward pass sums, for each channel, over ranks r with n_r values of mean m_r and M2_r = Σ(x - m_r)²,
 
@@ -15,18 +15,24 @@ The backward pass sums Σdz and Σdz·x̂. A rank without values brings zeros to
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import paddle
+from paddle.autograd import PyLayer
+from paddle.jit.sot.psdb import fallback
 
 from flatwater import kernels
-from flatwater.errors import SingleValueError
-from flatwater.kernels import Buffer, Statistics
-from flatwater.paddle.calls import BatchNormCall
+from flatwater.errors import InputError, SingleValueError
+from flatwater.kernels import Buffer, Statistics, Vector
 from flatwater.paddle.collectives import Communicator, Direction, Operation
+from flatwater.paddle.dtypes import dtype_name
+from flatwater.paddle.memory import empty_like
+from flatwater.paddle.pruning import asked_for
+from flatwater.spec import Activation, NormSpec
 
-__all__ = ["Shared", "SyncBatchNormCall", "combine", "contribution"]
+__all__ = ["Shared", "SyncNormCall", "combine", "contribution", "normalize_shared"]
 
 
 @dataclass(frozen=True)
@@ -62,55 +68,168 @@ def combine(total: Statistics, pivot: Statistics) -> tuple[int, Statistics, Stat
     return count, pivot + shift, np.maximum(square - count * shift**2, 0.0)
 
 
-@dataclass(kw_only=True)
-class SyncBatchNormCall(BatchNormCall):
-    """A call of batch norm whose statistics are those of all ranks.
+@dataclass
+class SyncNormCall:
+    """One call of batch norm by the statistics of all ranks, from its forward pass to its backward pass.
+
+    Args:
+        shared: with whom.
+        running_mean: what every rank holds; the sums are taken about it.
+        channels_last: where the channels of x stand.
+        activation: fused after γ·x̂ + β + residual.
+        epsilon: added to the variance.
 
     Attributes:
-        shared: with whom.
-        pivot: of the forward's sums, the same on every rank.
+        count: values per channel, on all ranks together; set by the forward pass, as the others.
+        mean, m2, inv_std: of all ranks' values, one per channel.
     """
 
     shared: Shared
-    pivot: Statistics
+    running_mean: Statistics
+    channels_last: bool
+    activation: Activation
+    epsilon: float
+    count: int = 0
+    mean: Statistics = field(default_factory=lambda: np.empty(0))
+    m2: Statistics = field(default_factory=lambda: np.empty(0))
+    inv_std: Statistics = field(default_factory=lambda: np.empty(0))
 
-    @classmethod
-    def over_ranks(cls, shared: Shared, running_mean: Statistics, **settings: Any) -> SyncBatchNormCall:
-        """A call that takes its statistics from the batches of all ranks; ``running_mean`` must agree on them."""
-        pivot = np.where(np.isfinite(running_mean), running_mean, 0.0).astype(np.float64)
-        mean, inv_std, m2 = np.zeros((3, pivot.size))
-        return cls(mean=mean, inv_std=inv_std, m2=m2, shared=shared, pivot=pivot, **settings)
-
-    def forward(self, x: Buffer, y: Buffer, **settings: Any) -> None:
-        """Fill ``y`` and the statistics.
+    def take_statistics(self, count: int, mean: Statistics, m2: Statistics) -> None:
+        """Set the statistics of all ranks' values, from those of this rank's.
 
         Raises:
             DistributedError: not every rank came, or they came with different things.
             SingleValueError: one value per channel on all ranks together.
         """
-        count = kernels.batch_statistics(x, self.mean, self.m2)
-        mine = contribution(count, self.mean, self.m2, self.pivot)
-        total = self.shared.sum(mine, "forward", self.pivot.size, zlib.crc32(self.pivot.tobytes()))
-        self.count, self.mean, self.m2 = combine(total, self.pivot)
+        pivot = np.where(np.isfinite(self.running_mean), self.running_mean, 0.0)
+        mine = contribution(count, mean, m2, pivot)
+        total = self.shared.sum(mine, "forward", pivot.size, zlib.crc32(pivot.tobytes()))
+        self.count, self.mean, self.m2 = combine(total, pivot)
         if self.count < 2:
             ranks = list(self.shared.communicator.ranks)
             raise SingleValueError(
                 f"{self.shared.layer} got {self.count} values per channel on ranks {ranks} together, of which "
-                " no variance exists; use a larger batch, eval() or GroupNorm"
+                "no variance exists; use a larger batch, eval() or GroupNorm"
             )
         self.inv_std = 1.0 / np.sqrt(self.m2 / self.count + self.epsilon)
-        kernels.batch_normalize(x, y, mean=self.mean, inv_std=self.inv_std, activation=self.activation, **settings)
 
-    def backward(self, dy: Buffer, x: Buffer, dx: Buffer | None, dresidual: Buffer | None, **settings: Any) -> None:
-        """Fill ``dx`` and ``dresidual``, where they are wanted, and this rank's own sums.
+    def share_sums(self, sum_dz: Statistics, sum_dz_xhat: Statistics) -> tuple[Statistics, Statistics]:
+        """Σdz and Σdz·x̂ over all ranks, from this rank's.
 
         Raises:
             DistributedError: not every rank came, or they came with different things.
         """
-        settings |= {"mean": self.mean, "inv_std": self.inv_std, "activation": self.activation}
-        kernels.batch_gradient_sums(dy, x, **settings)
-        mine = np.concatenate([settings["sum_dz"], settings["sum_dz_xhat"]])
+        total = self.shared.sum(np.concatenate([sum_dz, sum_dz_xhat]), "backward", sum_dz.size)
+        all_dz, all_dz_xhat = np.split(total, 2)
+        return all_dz, all_dz_xhat
+
+    def update(self, mean: paddle.Tensor, variance: paddle.Tensor, spec: NormSpec) -> None:
+        """``moving = momentum · moving + (1 - momentum) · batch``, in the memory of these buffers."""
+        kernels.update_running(
+            _vector(mean),
+            _vector(variance),
+            mean=self.mean,
+            m2=self.m2,
+            count=self.count,
+            momentum=spec.momentum,
+            unbiased=spec.unbiased,
+        )
+
+    def buffer(self, tensor: paddle.Tensor) -> Buffer:
+        """How the kernels see a dense tensor shaped like x."""
+        outer, *rest = tensor.shape
+        channels = rest.pop(-1 if self.channels_last else 0)
+        shape = (outer, channels, int(np.prod(rest)))
+        return Buffer(tensor.data_ptr(), dtype_name(tensor), shape, self.channels_last)
+
+    def optional(self, tensor: paddle.Tensor | None) -> Buffer | None:
+        """The same, for what there may not be."""
+        return None if tensor is None else self.buffer(tensor)
+
+
+def normalize_shared(
+    x: paddle.Tensor,
+    weight: paddle.Tensor | None,
+    bias: paddle.Tensor | None,
+    residual: paddle.Tensor | None,
+    call: SyncNormCall,
+) -> paddle.Tensor:
+    """``act(γ·x̂ + β + residual)`` by the kernels, differentiable once in every tensor."""
+    fallback(recursive=True)  # to_static(full_graph=False) runs what follows as it is, instead of looking into it
+    return _SyncNorm.apply(x, weight, bias, residual, call)
+
+
+class _SyncNorm(PyLayer):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: paddle.Tensor,
+        weight: paddle.Tensor | None,
+        bias: paddle.Tensor | None,
+        residual: paddle.Tensor | None,
+        call: SyncNormCall,
+    ) -> paddle.Tensor:
+        tensors = (x, weight, bias, residual)
+        ctx.call = call
+        ctx.given = [tensor is not None for tensor in tensors]
+        # Asked now: a tensor that comes back from a hook (recompute, offloading) has forgotten it.
+        ctx.needed = [tensor is not None and not tensor.stop_gradient for tensor in tensors]
+        ctx.save_for_backward(*[tensor for tensor in tensors if tensor is not None])
+
+        x, residual = x.contiguous(), None if residual is None else residual.contiguous()
+        y = empty_like(x)
+        seen = call.buffer(x)
+        mean, m2 = np.zeros((2, seen.shape[1]))
+        count = kernels.batch_statistics(seen, mean, m2)
+        call.take_statistics(count, mean, m2)
+        kernels.batch_normalize(seen, call.buffer(y), residual=call.optional(residual), **_settings(weight, bias, call))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: paddle.Tensor) -> tuple[paddle.Tensor | None, ...]:
+        call: SyncNormCall = ctx.call
+        if paddle.is_grad_enabled():
+            raise InputError(
+                f"{call.shared.layer} was asked for a gradient that can be differentiated again, which synchronised "
+                "statistics do not have; leave create_graph=True, or use BatchNorm or GroupNorm there"
+            )
+        saved = iter(ctx.saved_tensor())
+        tensors: list[Any] = [next(saved) if given else None for given in ctx.given]
+        needed = [need and asked for need, asked in zip(ctx.needed, asked_for(tensors), strict=True)]
+        x, weight, bias, residual = tensors
+        x, dy = x.contiguous(), dy.contiguous()
+        residual = None if residual is None else residual.contiguous()
+        dx = empty_like(x) if needed[0] else None
+        dresidual = empty_like(x) if needed[3] else None
+
+        settings = _settings(weight, bias, call) | {"residual": call.optional(residual)}
+        seen = call.buffer(dy), call.buffer(x)
+        sum_dz, sum_dz_xhat = np.zeros((2, call.mean.size))
+        kernels.batch_gradient_sums(*seen, sum_dz=sum_dz, sum_dz_xhat=sum_dz_xhat, **settings)
         # Also where no gradient for x is wanted here: another rank may want one.
-        total = self.shared.sum(mine, "backward", self.pivot.size)
-        settings["sum_dz"], settings["sum_dz_xhat"] = np.split(total, 2)
-        kernels.batch_input_gradient(dy, x, dx, dresidual, count=self.count, **settings)
+        settings["sum_dz"], settings["sum_dz_xhat"] = call.share_sums(sum_dz, sum_dz_xhat)
+        kernels.batch_input_gradient(*seen, call.optional(dx), call.optional(dresidual), count=call.count, **settings)
+        dweight = _stored(sum_dz_xhat, weight) if needed[1] else None
+        dbias = _stored(sum_dz, bias) if needed[2] else None
+        each = zip((dx, dweight, dbias, dresidual), ctx.given, strict=True)
+        return tuple(gradient for gradient, given in each if given)
+
+
+def _settings(weight: paddle.Tensor | None, bias: paddle.Tensor | None, call: SyncNormCall) -> dict[str, Any]:
+    return {
+        "mean": call.mean,
+        "inv_std": call.inv_std,
+        "activation": call.activation,
+        "weight": None if weight is None else _vector(weight),
+        "bias": None if bias is None else _vector(bias),
+    }
+
+
+def _vector(tensor: paddle.Tensor) -> Vector:
+    return Vector(tensor.data_ptr(), dtype_name(tensor), tensor.shape[0])
+
+
+def _stored(values: Statistics, like: paddle.Tensor) -> paddle.Tensor:
+    gradient = empty_like(like)
+    kernels.store(values, _vector(gradient))
+    return gradient
