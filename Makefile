@@ -21,7 +21,7 @@ lint: $(VENV)/.flatwater
 
 bench: $(VENV)/.flatwater
 	$(BIN)/python -m pip install --quiet '.[test,bench]'
-	$(BIN)/python -m benchmarks --json benchmarks.json
+	$(BIN)/python -m benchmarks --json runs/benchmarks.json
 
 # The instruction sets of this machine, as FLATWATER_ISA names them.
 ISAS = baseline $(foreach flag,avx2 avx512,$(if $(shell grep -m 1 -w -e $(flag) -e $(flag)bw /proc/cpuinfo),$(flag)))
