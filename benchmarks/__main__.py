@@ -149,6 +149,7 @@ def command(
             for table in tables(result):
                 console.print(table)
             if target:  # after each part: what is measured is kept whatever happens to the next
+                target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
