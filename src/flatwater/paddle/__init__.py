@@ -3,7 +3,7 @@
 Train    ``BatchNorm``, ``BatchNorm1D/2D/3D``, ``GroupNorm``, ``InstanceNorm1D/2D/3D``, ``ConvBNLayer``, or
          ``convert(model)`` for a model that exists; ``flatwater.paddle.nn`` stands in for ``paddle.nn``
 See      ``NormMonitor``
-Control  ``freeze`` and ``thaw``
+Control  ``freeze``, ``frozen_report`` and ``thaw``
 Ship     ``fold``, ``export``, ``verify``
 """
 
@@ -13,7 +13,7 @@ from flatwater.paddle.convert import convert, revert
 from flatwater.paddle.export import ExportReport, export
 from flatwater.paddle.fold import fold
 from flatwater.paddle.folded import FoldedNorm
-from flatwater.paddle.freeze import freeze, thaw
+from flatwater.paddle.freeze import freeze, frozen_report, thaw
 from flatwater.paddle.layers import (
     BatchNorm,
     BatchNorm1D,
@@ -29,6 +29,7 @@ from flatwater.paddle.monitor import NormMonitor
 from flatwater.paddle.sync import SyncBatchNorm
 from flatwater.paddle.verify import verify
 from flatwater.surgery import ChangeReport, FoldReport
+from flatwater.surgery.frozen import FreezeReport, FrozenReport
 from flatwater.verify import VerifyReport
 
 __all__ = [
@@ -41,6 +42,8 @@ __all__ = [
     "ExportReport",
     "FoldReport",
     "FoldedNorm",
+    "FreezeReport",
+    "FrozenReport",
     "GroupNorm",
     "InstanceNorm1D",
     "InstanceNorm2D",
@@ -53,6 +56,7 @@ __all__ = [
     "export",
     "fold",
     "freeze",
+    "frozen_report",
     "nn",
     "revert",
     "thaw",

@@ -1,56 +1,93 @@
-"""Freezing norm layers for fine-tuning: running statistics in training too, γ and β fixed."""
+"""Freezing norm layers for fine-tuning: running statistics in training too, γ and β fixed, and the proof of it."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
+import numpy.typing as npt
 import paddle
 
 from flatwater.errors import SurgeryError
-from flatwater.paddle.kinds import BATCH_NORMS, SAMPLE_NORMS
-from flatwater.paddle.running import layers_of
+from flatwater.paddle.kinds import BATCH_NORMS, INSTANCE_NORMS, SAMPLE_NORMS, normalizes_by_batch
+from flatwater.paddle.running import layers_of, to_numpy
+from flatwater.paddle.sync import SyncBatchNorm
 from flatwater.paddle.view import norm_values
 from flatwater.surgery import ChangeReport, check_statistics
+from flatwater.surgery.frozen import FreezeReport, FrozenReport, departure
 
-__all__ = ["freeze", "thaw"]
+__all__ = ["freeze", "frozen_report", "thaw"]
 
-# On a frozen layer: what the settings were, for thaw.
+# Where a frozen layer keeps its _Memory. In the layer itself, so that copies and pickles of a model have it too.
 _MEMORY = "_flatwater_before_freeze"
+
+_STATISTICS = ("_mean", "_variance")
+
+
+@dataclass
+class _Memory:
+    """What a frozen layer was like.
+
+    Attributes:
+        flags: ``stop_gradient`` of γ and β, by name, before they were frozen first.
+        settings: the attributes that freezing the statistics replaced, among them its class.
+        copies: everything frozen, by name, as it was when it was frozen first.
+        behind_reducer: whether γ and β were frozen through the DataParallel that reduces their gradients.
+    """
+
+    flags: dict[str, bool] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    copies: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
+    behind_reducer: bool = False
 
 
 def freeze(
-    model: paddle.nn.Layer, *, affine: bool = True, statistics: bool = True, pattern: str | None = None
-) -> ChangeReport:
-    """Stop the batch norm layers of ``model`` from learning, in place. Doing it twice is doing it once.
+    model: paddle.nn.Layer,
+    *,
+    affine: bool = True,
+    statistics: bool = True,
+    weight: bool | None = None,
+    bias: bool | None = None,
+    pattern: str | None = None,
+) -> FreezeReport:
+    """Stop the norm layers of ``model`` from learning, in place. Doing it twice is doing it once.
+
+    Frozen γ and β get no gradient, and so no step, weight decay or momentum of any optimizer; a gradient that is
+    left from the last step is dropped. (An optimizer with ``use_multi_tensor=True`` that has taken a step already
+    fails on the next, for it goes on expecting the gradients: make it anew.) Frozen statistics normalize in
+    ``train()`` as in ``eval()``, and stay. The ``state_dict`` has the keys that it had; freezing is not in it, but in the model, its copies and its pickles.
 
     Args:
-        affine: γ and β get ``stop_gradient = True``.
-        statistics: ``train()`` normalizes by the running statistics as ``eval()`` does, and leaves them alone
-            (``_use_global_stats = True``).
+        affine: freeze γ and β (``stop_gradient = True``), of every kind of norm layer.
+        statistics: freeze the moving mean and variance of batch norms (``_use_global_stats = True``). Paddle's own
+            SyncBatchNorm ignores that setting, and so is Flatwater's of that name while it is frozen.
+        weight, bias: freeze γ or β by itself; None for what ``affine`` says.
         pattern: a glob that a layer's path must match (``"backbone.*"``); None for every layer.
 
     Returns:
-        The paths changed, and why others were left.
+        The paths changed, why others were left, and what was asked for but layers of some kind have not.
 
     Raises:
-        SurgeryError: nothing was asked for, or no batch norm layer matches; nothing was changed.
-        StatisticsError: the running statistics to freeze are NaN, infinite or negative; nothing was changed.
+        SurgeryError: nothing was asked for, no norm layer matches or none has what was asked for, or the model is a
+            DataParallel over several processes that cannot do without a gradient of each parameter. As with the
+            next, nothing was changed.
+        StatisticsError: the running statistics to freeze are NaN, infinite or negative.
     """
-    if not (affine or statistics):
-        raise SurgeryError("freeze(affine=False, statistics=False) asks for nothing; set one of them to True")
-    report = ChangeReport()
-    matching = _matching(model, pattern, report)
-    for path, layer in matching if statistics else ():
-        check_statistics(path, norm_values(layer))
-    for path, layer in matching:
-        if statistics and isinstance(layer, paddle.nn.SyncBatchNorm):
-            report.left[path] = (
-                "Paddle's SyncBatchNorm ignores use_global_stats: in train() it always normalizes by the batch; "
-                "freeze with statistics=False, or use BatchNorm2D"
-            )
-            continue
-        if _freeze(layer, affine, statistics):
+    weight, bias = (affine if own is None else own for own in (weight, bias))
+    if not (weight or bias or statistics):
+        raise SurgeryError("freeze() was asked for neither γ, β nor statistics; set one of them to True")
+    report = FreezeReport()
+    chosen = _choose(model, pattern, report, weight=weight, bias=bias, statistics=statistics)
+    reduces = _reduces(model)
+    if reduces and (weight or bias) and not model.find_unused_parameters:
+        raise SurgeryError(
+            "this DataParallel waits for a gradient of each parameter that was trainable when it was made; freeze "
+            "before wrapping, or wrap with find_unused_parameters=True"
+        )
+    recorded = _recorded_flags(model)
+    for path, layer, wanted in chosen:
+        if _freeze(layer, wanted, recorded, behind_reducer=reduces):
             report.changed.append(path)
         else:
             report.left[path] = "is frozen already"
@@ -60,51 +97,177 @@ def freeze(
 def thaw(model: paddle.nn.Layer, *, pattern: str | None = None) -> ChangeReport:
     """Undo :func:`freeze`: each layer gets back exactly the settings that it had before it was frozen first.
 
+    What was frozen before that stays frozen, and so does a parameter that another frozen layer shares.
+
     Raises:
-        SurgeryError: no batch norm layer matches ``pattern``.
+        SurgeryError: no norm layer matches ``pattern``, or the model is a DataParallel that was made when parameters
+            to be thawed were frozen, so that it would not average their gradients; nothing was changed.
     """
     report = ChangeReport()
-    for path, layer in _matching(model, pattern, report):
-        memory: dict[str, Any] | None = layer.__dict__.pop(_MEMORY, None)
-        if memory is None:
-            report.left[path] = "is not frozen"
-            continue
-        for name, value in memory.items():
-            if name == "_use_global_stats":
-                layer._use_global_stats = value
-            else:
-                getattr(layer, name).stop_gradient = value
+    matching = _matching(model, pattern)
+    frozen = [(path, layer, memory) for path, layer in matching if (memory := _memory_of(layer)) is not None]
+    if _reduces(model) and any(memory.flags and not memory.behind_reducer for _, _, memory in frozen):
+        raise SurgeryError(
+            "this DataParallel was made when γ or β were frozen, and would not average their gradients; thaw the "
+            "model that it wraps, and wrap it again"
+        )
+    report.left = {path: "is not frozen" for path, layer in matching if _memory_of(layer) is None}
+    for _, layer, _ in frozen:
+        del layer.__dict__[_MEMORY]
+    shared = _recorded_flags(model)
+    for path, layer, memory in frozen:
+        for name, flag in memory.flags.items():
+            parameter = getattr(layer, name)
+            if parameter is not None and id(parameter) not in shared:
+                parameter.stop_gradient = flag
+        for name, value in memory.settings.items():
+            setattr(layer, name, value)
         report.changed.append(path)
     return report
 
 
-def _matching(model: paddle.nn.Layer, pattern: str | None, report: ChangeReport) -> list[tuple[str, paddle.nn.Layer]]:
-    """The batch norms that ``pattern`` selects; other norms that it selects are noted as left."""
-    layers = [(path, layer) for path, layer in layers_of(model) if pattern is None or fnmatchcase(path, pattern)]
-    for path, layer in layers:
-        if isinstance(layer, SAMPLE_NORMS):
-            report.left[path] = f"{type(layer).__name__} has no running statistics"
-    matching = [(path, layer) for path, layer in layers if isinstance(layer, BATCH_NORMS)]
+def frozen_report(model: paddle.nn.Layer) -> FrozenReport:
+    """Prove that nothing frozen moved: every value is compared, bit by bit, with the copy that :func:`freeze` took.
+
+    A checkpoint that was loaded since counts as a movement, unless its values are the same. To freeze the loaded
+    values, thaw and freeze. A layer that was taken out of the model, by folding for instance, is not looked at.
+
+    Raises:
+        SurgeryError: nothing in the model is frozen.
+    """
+    report = FrozenReport()
+    for path, layer in layers_of(model):
+        memory = _memory_of(layer)
+        for name, copy in memory.copies.items() if memory else ():
+            full_name = f"{path}.{name}" if path else name
+            tensor = getattr(layer, name, None)
+            if tensor is None:
+                report.released[full_name] = "the layer has it no longer"
+                continue
+            reason = _release(layer, name, tensor)
+            if reason:
+                report.released[full_name] = reason
+            found = departure(copy, to_numpy(tensor))
+            if found:
+                report.moved[full_name] = found
+            else:
+                report.held.append(full_name)
+    if not (report.held or report.moved or report.released):
+        raise SurgeryError(f"nothing in the {type(model).__name__} was frozen by freeze(); freeze something first")
+    return report
+
+
+def _choose(
+    model: paddle.nn.Layer, pattern: str | None, report: FreezeReport, *, weight: bool, bias: bool, statistics: bool
+) -> list[tuple[str, paddle.nn.Layer, list[str]]]:
+    """The layers to freeze, each with the names of its tensors to freeze; what stays out is noted."""
+    chosen = []
+    for path, layer in _matching(model, pattern):
+        wanted, missing = _parts(layer, weight=weight, bias=bias, statistics=statistics)
+        lacks = f"{type(layer).__name__} has no {' and no '.join(missing)}"
+        if not wanted:
+            report.left[path] = lacks
+            continue
+        if "_mean" in wanted and _ignores_setting(layer):
+            report.left[path] = (
+                f"{type(layer).__name__} is a subclass of Paddle's SyncBatchNorm with a forward of its own, which "
+                "cannot be told to use its running statistics in train(); freeze it with statistics=False"
+            )
+            continue
+        if missing:
+            report.lacking[path] = lacks
+        if "_mean" in wanted:
+            check_statistics(path, norm_values(layer))
+        chosen.append((path, layer, wanted))
+    if not chosen:
+        path, reason = next(iter(report.left.items()))
+        raise SurgeryError(f"no norm layer has what freeze() was asked for; {path!r}: {reason}")
+    return chosen
+
+
+def _matching(model: paddle.nn.Layer, pattern: str | None) -> list[tuple[str, paddle.nn.Layer]]:
+    """The norm layers that ``pattern`` selects."""
+    norms = [(path, layer) for path, layer in layers_of(model) if isinstance(layer, (*BATCH_NORMS, *SAMPLE_NORMS))]
+    matching = [(path, layer) for path, layer in norms if pattern is None or fnmatchcase(path, pattern)]
     if not matching:
-        which = (
-            "has no batch norm layer" if pattern is None else f"has no batch norm layer whose path matches {pattern!r}"
+        which = f"whose path matches {pattern!r} (of {len(norms)})" if norms else "at all"
+        raise SurgeryError(
+            f"the {type(model).__name__} has no norm layer {which}; see model.named_sublayers() for its paths"
         )
-        raise SurgeryError(f"the {type(model).__name__} {which}; see model.named_sublayers() for its paths")
     return matching
 
 
-def _freeze(layer: paddle.nn.Layer, affine: bool, statistics: bool) -> bool:
-    """Whether anything had to be changed."""
-    memory: dict[str, Any] = layer.__dict__.get(_MEMORY, {})
-    before = len(memory)
-    if statistics and layer._use_global_stats is not True:
-        memory.setdefault("_use_global_stats", layer._use_global_stats)
+def _memory_of(layer: paddle.nn.Layer) -> _Memory | None:
+    return layer.__dict__.get(_MEMORY)
+
+
+def _parts(layer: paddle.nn.Layer, *, weight: bool, bias: bool, statistics: bool) -> tuple[list[str], list[str]]:
+    """The names of the layer's tensors that are to be frozen, and in words what it has not."""
+    scale = "scale" if isinstance(layer, INSTANCE_NORMS) else "weight"
+    asked = [(name, word) for name, word, want in ((scale, "γ", weight), ("bias", "β", bias)) if want]
+    wanted = [name for name, _ in asked if getattr(layer, name) is not None]
+    missing = [word for name, word in asked if getattr(layer, name) is None]
+    if statistics and isinstance(layer, BATCH_NORMS):
+        wanted += _STATISTICS
+    elif statistics:
+        missing.append("running statistics")
+    return wanted, missing
+
+
+def _ignores_setting(layer: paddle.nn.Layer) -> bool:
+    """Whether nothing makes the layer use its running statistics in ``train()``."""
+    return isinstance(layer, paddle.nn.SyncBatchNorm) and not isinstance(layer, SyncBatchNorm) and not _is_stock(layer)
+
+
+def _is_stock(layer: paddle.nn.Layer) -> bool:
+    return type(layer) is paddle.nn.SyncBatchNorm
+
+
+def _freeze(layer: Any, names: list[str], recorded: dict[int, bool], *, behind_reducer: bool) -> bool:
+    """Whether anything had to be changed; ``recorded`` has the flags of parameters that other layers share."""
+    memory = _memory_of(layer) or _Memory()
+    changed = False
+    for name in names:
+        tensor = getattr(layer, name)
+        memory.copies.setdefault(name, to_numpy(tensor))
+        if name in _STATISTICS:
+            continue
+        memory.flags.setdefault(name, recorded.get(id(tensor), tensor.stop_gradient))
+        if not tensor.stop_gradient:
+            tensor.stop_gradient = True
+            tensor.clear_gradient(False)  # clear_grad() passes frozen parameters by
+            memory.behind_reducer = behind_reducer
+            changed = True
+    if "_mean" in names and (layer._use_global_stats is not True or _is_stock(layer)):
+        memory.settings.setdefault("_use_global_stats", layer._use_global_stats)
         layer._use_global_stats = True
-    for name in ("weight", "bias") if affine else ():
-        parameter = getattr(layer, name)
-        if parameter is not None and not parameter.stop_gradient:
-            memory.setdefault(name, parameter.stop_gradient)
-            parameter.stop_gradient = True
-    if memory:
-        layer.__dict__[_MEMORY] = memory
-    return len(memory) > before
+        if _is_stock(layer):
+            memory.settings.setdefault("__class__", type(layer))
+            layer.__class__ = SyncBatchNorm
+        changed = True
+    layer.__dict__[_MEMORY] = memory
+    return changed
+
+
+def _recorded_flags(model: paddle.nn.Layer) -> dict[int, bool]:
+    """What ``stop_gradient`` was of each frozen parameter of the model, by ``id``."""
+    return {
+        id(getattr(layer, name)): flag
+        for _, layer in layers_of(model)
+        if (memory := _memory_of(layer)) is not None
+        for name, flag in memory.flags.items()
+    }
+
+
+def _release(layer: paddle.nn.Layer, name: str, tensor: paddle.Tensor) -> str | None:
+    """Why a tensor that was frozen no longer is."""
+    if name not in _STATISTICS:
+        return None if tensor.stop_gradient else "its stop_gradient is False"
+    if normalizes_by_batch(layer, training=True):
+        return f"in train() the {type(layer).__name__} normalizes by the batch again"
+    return None
+
+
+def _reduces(model: paddle.nn.Layer) -> bool:
+    """Whether the model is a DataParallel that averages gradients over processes."""
+    return isinstance(model, paddle.DataParallel) and model._strategy.nranks > 1
