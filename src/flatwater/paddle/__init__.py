@@ -2,18 +2,21 @@
 
 Train    ``BatchNorm``, ``BatchNorm1D/2D/3D``, ``GroupNorm``, ``InstanceNorm1D/2D/3D``, ``ConvBNLayer``, or
          ``convert(model)`` for a model that exists; ``flatwater.paddle.nn`` stands in for ``paddle.nn``
+Share    ``SyncBatchNorm``, ``convert_sync_batchnorm`` and ``revert_sync_batchnorm`` for a model that exists, and
+         ``average_statistics`` (``AverageStatistics``, a callback) for one that was trained without
 See      ``NormMonitor``
-Control  ``freeze``, ``frozen_report`` and ``thaw``
+Control  ``freeze`` and ``thaw``
 Ship     ``fold``, ``export``, ``verify``
 """
 
 from flatwater.paddle import nn
+from flatwater.paddle.average import AverageStatistics, average_statistics
 from flatwater.paddle.conv import ConvBNLayer
 from flatwater.paddle.convert import convert, revert
 from flatwater.paddle.export import ExportReport, export
 from flatwater.paddle.fold import fold
 from flatwater.paddle.folded import FoldedNorm
-from flatwater.paddle.freeze import freeze, frozen_report, thaw
+from flatwater.paddle.freeze import freeze, thaw
 from flatwater.paddle.layers import (
     BatchNorm,
     BatchNorm1D,
@@ -27,12 +30,13 @@ from flatwater.paddle.layers import (
 )
 from flatwater.paddle.monitor import NormMonitor
 from flatwater.paddle.sync import SyncBatchNorm
+from flatwater.paddle.sync_convert import convert_sync_batchnorm, revert_sync_batchnorm
 from flatwater.paddle.verify import verify
 from flatwater.surgery import ChangeReport, FoldReport
-from flatwater.surgery.frozen import FreezeReport, FrozenReport
 from flatwater.verify import VerifyReport
 
 __all__ = [
+    "AverageStatistics",
     "BatchNorm",
     "BatchNorm1D",
     "BatchNorm2D",
@@ -42,8 +46,6 @@ __all__ = [
     "ExportReport",
     "FoldReport",
     "FoldedNorm",
-    "FreezeReport",
-    "FrozenReport",
     "GroupNorm",
     "InstanceNorm1D",
     "InstanceNorm2D",
@@ -51,14 +53,16 @@ __all__ = [
     "NormMonitor",
     "SyncBatchNorm",
     "VerifyReport",
+    "average_statistics",
     "backend_of",
     "convert",
+    "convert_sync_batchnorm",
     "export",
     "fold",
     "freeze",
-    "frozen_report",
     "nn",
     "revert",
+    "revert_sync_batchnorm",
     "thaw",
     "verify",
 ]

@@ -23,9 +23,9 @@ from flatwater.kernels import Statistics
 from flatwater.paddle.lanes import DeviceTransport, GlooTransport, Transport, Worker
 from flatwater.paddle.reports import Report, Reports
 
-__all__ = ["Communicator", "Direction", "Operation", "communicator_of", "world_ranks"]
+__all__ = ["Communicator", "Direction", "Operation", "communicator_of", "group_of", "world_ranks"]
 
-Direction = Literal["forward", "backward"]
+Direction = Literal["forward", "backward", "average"]
 
 # How long a rank waits before it asks where the others are, and how often it asks again.
 _PATIENCE = 1.0
@@ -37,19 +37,19 @@ class Operation:
 
     Attributes:
         layer: how the layer is called in messages.
-        direction: of which half of a training step the sum is.
+        direction: of which half of a training step the sum is, or that of moving statistics.
         channels: of the layer.
-        pivot: check value of the running mean about which the forward's sums are taken.
+        detail: what else has to be the same.
     """
 
     layer: str
     direction: Direction
     channels: int
-    pivot: int = 0
+    detail: str = ""
 
     def __str__(self) -> str:
-        about = f", running mean {self.pivot:08x}" if self.pivot else ""
-        return f"{self.direction} of {self.layer} ({self.channels} channels{about})"
+        detail = f", {self.detail}" if self.detail else ""
+        return f"{self.direction} of {self.layer} ({self.channels} channels{detail})"
 
 
 class Communicator:
@@ -153,6 +153,12 @@ def _marks(operation: Operation, call: int) -> Statistics:
 
 
 _communicators: dict[tuple[Any, ...], Communicator] = {}
+
+
+def group_of(process_group: Any) -> tuple[tuple[int, ...] | None, int | None]:
+    """The ranks and the number of a group of Paddle's, or of ranks given as numbers, which have none."""
+    ranks = getattr(process_group, "ranks", process_group)
+    return None if ranks is None else tuple(sorted(map(int, ranks))), getattr(process_group, "id", None)
 
 
 def world_ranks(ranks: tuple[int, ...] | None) -> tuple[int, ...]:

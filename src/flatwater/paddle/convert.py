@@ -9,6 +9,7 @@ from __future__ import annotations
 import paddle
 
 from flatwater.paddle import layers
+from flatwater.paddle.norm import NormLayer
 from flatwater.paddle.running import layers_of
 from flatwater.surgery import ChangeReport
 
@@ -28,15 +29,14 @@ def convert(model: paddle.nn.Layer) -> ChangeReport:
         SurgeryError: ``model`` is not a ``paddle.nn.Layer``.
     """
     report = ChangeReport()
-    ours = tuple(_CLASSES.values())
     for path, layer in layers_of(model):
         if type(layer) in _CLASSES:
             layer.__class__ = _CLASSES[type(layer)]
             report.changed.append(path)
-        elif isinstance(layer, ours):
+        elif isinstance(layer, NormLayer):
             report.left[path] = "is Flatwater's already"
         elif isinstance(layer, paddle.nn.SyncBatchNorm):
-            report.left[path] = "SyncBatchNorm shares statistics between processes; Flatwater has no such layer yet"
+            report.left[path] = "SyncBatchNorm shares statistics between ranks; use fw.convert_sync_batchnorm(model)"
         elif isinstance(layer, tuple(_CLASSES)):
             report.left[path] = f"{type(layer).__name__} is a subclass with a forward of its own"
     return report

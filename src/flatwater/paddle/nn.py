@@ -19,6 +19,7 @@ from flatwater.paddle.layers import (
     InstanceNorm2D,
     InstanceNorm3D,
 )
+from flatwater.paddle.sync import SyncBatchNorm
 
 __all__ = [
     "BatchNorm",
@@ -29,6 +30,7 @@ __all__ = [
     "InstanceNorm1D",
     "InstanceNorm2D",
     "InstanceNorm3D",
+    "SyncBatchNorm",
 ]
 
 

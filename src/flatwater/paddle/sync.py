@@ -9,7 +9,7 @@ import paddle
 
 from flatwater.errors import InputError
 from flatwater.paddle.backend import is_replay
-from flatwater.paddle.collectives import communicator_of, world_ranks
+from flatwater.paddle.collectives import communicator_of, group_of, world_ranks
 from flatwater.paddle.kinds import normalizes_by_batch
 from flatwater.paddle.layers import _BatchNorm
 from flatwater.paddle.sync_call import Shared, SyncNormCall, normalize_shared
@@ -85,10 +85,16 @@ class SyncBatchNorm(_BatchNorm, paddle.nn.SyncBatchNorm):
         """Set the group. Its ranks and number are kept, for the group itself can be neither copied nor pickled."""
         if not timeout > 0:
             raise InputError(f"{type(self).__name__}: timeout={timeout!r} must be a positive number of seconds")
-        ranks = getattr(process_group, "ranks", process_group)
-        self._shared_ranks = None if ranks is None else tuple(sorted(ranks))
-        self._group_id = getattr(process_group, "id", None)
+        self._shared_ranks, self._group_id = group_of(process_group)
         self._timeout = float(timeout)
+
+    def extra_repr(self) -> str:
+        """The settings; also of a layer converted from ``paddle.nn.BatchNorm``, which lacks half of the attributes."""
+        parts = [f"num_features={self._channels()}", f"momentum={self._momentum}", f"epsilon={self._epsilon}"]
+        parts += [f"data_format={self._format()}"] if self._channels_last() else []
+        parts += [f"act={self._act}"] if self._act else []
+        parts += [f"ranks={list(self._shared_ranks)}"] if self._shared_ranks else []
+        return ", ".join(parts)
 
     def forward(self, x: paddle.Tensor, residual: paddle.Tensor | None = None) -> paddle.Tensor:
         """``act(γ·x̂ + β + residual)``; in training the moving statistics follow the global batch.

@@ -49,9 +49,9 @@ class Shared:
     layer: str
     timeout: float
 
-    def sum(self, values: Statistics, direction: Direction, channels: int, pivot: int = 0) -> Statistics:
+    def sum(self, values: Statistics, direction: Direction, channels: int, detail: str = "") -> Statistics:
         """The sum of ``values`` over the ranks."""
-        return self.communicator.sum(values, Operation(self.layer, direction, channels, pivot), self.timeout)
+        return self.communicator.sum(values, Operation(self.layer, direction, channels, detail), self.timeout)
 
 
 def contribution(count: int, mean: Statistics, m2: Statistics, pivot: Statistics) -> Statistics:
@@ -103,7 +103,8 @@ class SyncNormCall:
         """
         pivot = np.where(np.isfinite(self.running_mean), self.running_mean, 0.0)
         mine = contribution(count, mean, m2, pivot)
-        total = self.shared.sum(mine, "forward", pivot.size, zlib.crc32(pivot.tobytes()))
+        check = f"running mean {zlib.crc32(pivot.tobytes()):08x}"
+        total = self.shared.sum(mine, "forward", pivot.size, check)
         self.count, self.mean, self.m2 = combine(total, pivot)
         if self.count < 2:
             ranks = list(self.shared.communicator.ranks)

@@ -15,6 +15,7 @@ from flatwater.paddle import layers
 from flatwater.paddle.folded import FoldedNorm
 from flatwater.paddle.kinds import BATCH_NORMS, SAMPLE_NORMS, normalizes_by_batch
 from flatwater.paddle.running import Inputs, SyncBatchNormOnCPU, layers_of, run, to_numpy
+from flatwater.paddle.sync import SyncBatchNorm
 from flatwater.surgery import Call, FoldedPair, LinearValues, Movement, NormValues, Trace, WeightLayout
 from flatwater.verify import difference, one_line
 
@@ -41,6 +42,7 @@ _NORM_FORWARDS = {
         paddle.nn.SyncBatchNorm,
         layers.BatchNorm,
         layers.BatchNorm2D,
+        SyncBatchNorm,
         SyncBatchNormOnCPU,
     )
 }

@@ -89,3 +89,24 @@ def test_a_layer_may_run_twice_and_be_recomputed(results: Results) -> None:
         # Σ y² of normalized values hardly depends on x: the gradient is what rounding leaves of terms of size 1.
         assert np.abs(found["twice"] - expected).max() <= 1e-4
         np.testing.assert_allclose(found["twice mean"], layer._mean.numpy(), rtol=1e-5, atol=1e-7)
+
+
+def test_statistics_are_averaged_as_a_mixture(results: Results) -> None:
+    for layer in range(2):
+        means, variances = (
+            np.array([rank[f"own {layer} {key}"] for rank in results], np.float64) for key in ("_mean", "_variance")
+        )
+        assert np.ptp(means, axis=0).max() > 0.01  # there was something to average
+        expected = means.mean(axis=0), (variances + (means - means.mean(axis=0)) ** 2).mean(axis=0)
+        for rank in results:
+            for key, value in zip(("_mean", "_variance"), expected, strict=True):
+                np.testing.assert_allclose(rank[f"averaged {layer} {key}"], value, rtol=1e-6)
+                np.testing.assert_array_equal(rank[f"averaged {layer} {key}"], results[0][f"averaged {layer} {key}"])
+
+
+def test_a_converted_model_trains_on_and_stays_equal_on_all_ranks(results: Results) -> None:
+    trained = [name for name in results[0] if name.startswith("trained ")]
+    assert len(trained) == 12
+    for rank in results[1:]:
+        for name in trained:
+            np.testing.assert_array_equal(rank[name], results[0][name])

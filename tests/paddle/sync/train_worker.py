@@ -113,13 +113,45 @@ def recomputed(rank: int) -> dict[str, np.ndarray]:
     return {"twice": x.grad.numpy(), "twice mean": layer._mean.numpy()}
 
 
+def converted(rank: int, world: int) -> dict[str, np.ndarray]:
+    """A model of stock layers, trained by itself, averaged, converted and trained on by the optimiser that it had."""
+    model = make_model(StockNorm)
+    optimiser = paddle.optimizer.SGD(0.01, parameters=model.parameters())
+    x = paddle.to_tensor(model_batch(world)[2 * rank : 2 * rank + 2])
+    wrapped = paddle.DataParallel(model)
+    found = {}
+
+    def step() -> None:
+        wrapped(x).square().mean().backward()
+        optimiser.step()
+        optimiser.clear_grad()
+
+    step()
+    norms = [model[1], model[3]]
+    found |= {f"own {i} {key}": getattr(norm, key).numpy() for i, norm in enumerate(norms) for key in MOVING}
+    assert fw.average_statistics(model).changed == ["1", "3"]
+    found |= {f"averaged {i} {key}": getattr(norm, key).numpy() for i, norm in enumerate(norms) for key in MOVING}
+    fw.convert_sync_batchnorm(model)
+    step()
+    found |= {f"trained {i}": parameter.numpy() for i, parameter in enumerate(model.parameters())}
+    return found
+
+
+MOVING = ("_mean", "_variance")
+
+
+def StockNorm(channels: int, act: str | None = None) -> paddle.nn.Layer:  # noqa: N802 - stands for a class
+    return paddle.nn.BatchNorm(channels, act=act)
+
+
 def main(folder: str) -> None:
     distributed.init_parallel_env()
     rank, world = distributed.get_rank(), distributed.get_world_size()
     results: dict[str, np.ndarray] = {}
     for name, case in CASES.items():
         results |= {f"{name}: {key}": value for key, value in run_case(case, rank, world).items()}
-    results |= data_parallel(rank, world) | pairs(rank, world) | recomputed(rank) | count_collectives(rank)
+    results |= data_parallel(rank, world) | pairs(rank, world) | recomputed(rank) | converted(rank, world)
+    results |= count_collectives(rank)
     np.savez(Path(folder) / f"{rank}.npz", **results)
 
 
