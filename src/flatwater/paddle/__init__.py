@@ -5,7 +5,7 @@ Train    ``BatchNorm``, ``BatchNorm1D/2D/3D``, ``GroupNorm``, ``InstanceNorm1D/2
 Share    ``SyncBatchNorm``, ``convert_sync_batchnorm`` and ``revert_sync_batchnorm`` for a model that exists, and
          ``average_statistics`` (``AverageStatistics``, a callback) for one that was trained without
 See      ``NormMonitor``
-Control  ``freeze`` and ``thaw``
+Control  ``freeze``, ``frozen_report`` and ``thaw``
 Ship     ``fold``, ``export``, ``verify``
 """
 
@@ -16,7 +16,7 @@ from flatwater.paddle.convert import convert, revert
 from flatwater.paddle.export import ExportReport, export
 from flatwater.paddle.fold import fold
 from flatwater.paddle.folded import FoldedNorm
-from flatwater.paddle.freeze import freeze, thaw
+from flatwater.paddle.freeze import freeze, frozen_report, thaw
 from flatwater.paddle.layers import (
     BatchNorm,
     BatchNorm1D,
@@ -33,6 +33,7 @@ from flatwater.paddle.sync import SyncBatchNorm
 from flatwater.paddle.sync_convert import convert_sync_batchnorm, revert_sync_batchnorm
 from flatwater.paddle.verify import verify
 from flatwater.surgery import ChangeReport, FoldReport
+from flatwater.surgery.frozen import FreezeReport, FrozenReport
 from flatwater.verify import VerifyReport
 
 __all__ = [
@@ -46,6 +47,8 @@ __all__ = [
     "ExportReport",
     "FoldReport",
     "FoldedNorm",
+    "FreezeReport",
+    "FrozenReport",
     "GroupNorm",
     "InstanceNorm1D",
     "InstanceNorm2D",
@@ -60,6 +63,7 @@ __all__ = [
     "export",
     "fold",
     "freeze",
+    "frozen_report",
     "nn",
     "revert",
     "revert_sync_batchnorm",

@@ -56,7 +56,8 @@ def freeze(
     Frozen γ and β get no gradient, and so no step, weight decay or momentum of any optimizer; a gradient that is
     left from the last step is dropped. (An optimizer with ``use_multi_tensor=True`` that has taken a step already
     fails on the next, for it goes on expecting the gradients: make it anew.) Frozen statistics normalize in
-    ``train()`` as in ``eval()``, and stay. The ``state_dict`` has the keys that it had; freezing is not in it, but in the model, its copies and its pickles.
+    ``train()`` as in ``eval()``, and stay. The ``state_dict`` has the keys that it had; freezing is not in it, but
+    in the model, its copies and its pickles.
 
     Args:
         affine: freeze γ and β (``stop_gradient = True``), of every kind of norm layer.
