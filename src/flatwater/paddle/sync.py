@@ -13,6 +13,7 @@ from flatwater.paddle.collectives import communicator_of, group_of, world_ranks
 from flatwater.paddle.kinds import normalizes_by_batch
 from flatwater.paddle.layers import _BatchNorm
 from flatwater.paddle.sync_call import Shared, SyncNormCall, normalize_shared
+from flatwater.paddle.sync_operators import normalize_by_operators, update_by_operators
 from flatwater.spec import SingleValue
 
 __all__ = ["SyncBatchNorm"]
@@ -135,7 +136,12 @@ class SyncBatchNorm(_BatchNorm, paddle.nn.SyncBatchNorm):
             activation=spec.activation,
             epsilon=spec.epsilon,
         )
-        y = normalize_shared(x, self.weight, self.bias, residual, call)
+        if self._backend(x, held) == "flatwater":
+            y = normalize_shared(x, self.weight, self.bias, residual, call)
+            if not is_replay():
+                call.update(self._mean, self._variance, spec)
+            return y
+        y = normalize_by_operators(x, self.weight, self.bias, residual, call)
         if not is_replay():
-            call.update(self._mean, self._variance, spec)
+            update_by_operators(self._mean, self._variance, call, spec.momentum)
         return y

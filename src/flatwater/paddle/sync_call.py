@@ -32,7 +32,7 @@ from flatwater.paddle.memory import empty_like
 from flatwater.paddle.pruning import asked_for
 from flatwater.spec import Activation, NormSpec
 
-__all__ = ["Shared", "SyncNormCall", "combine", "contribution", "normalize_shared"]
+__all__ = ["Shared", "SyncNormCall", "combine", "contribution", "normalize_shared", "refuse_second_derivative"]
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,6 @@ class Shared:
     communicator: Communicator
     layer: str
     timeout: float
-
-    def sum(self, values: Statistics, direction: Direction, channels: int, detail: str = "") -> Statistics:
-        """The sum of ``values`` over the ranks."""
-        return self.communicator.sum(values, Operation(self.layer, direction, channels, detail), self.timeout)
 
 
 def contribution(count: int, mean: Statistics, m2: Statistics, pivot: Statistics) -> Statistics:
@@ -94,17 +90,28 @@ class SyncNormCall:
     m2: Statistics = field(default_factory=lambda: np.empty(0))
     inv_std: Statistics = field(default_factory=lambda: np.empty(0))
 
-    def take_statistics(self, count: int, mean: Statistics, m2: Statistics) -> None:
-        """Set the statistics of all ranks' values, from those of this rank's.
+    def pivot(self) -> Statistics:
+        """The running mean, where it is a number."""
+        return np.where(np.isfinite(self.running_mean), self.running_mean, 0.0)
+
+    def sum(self, values: Statistics, direction: Direction) -> Statistics:
+        """The sum of ``values`` over the ranks.
 
         Raises:
             DistributedError: not every rank came, or they came with different things.
+        """
+        pivot = self.pivot()
+        # What is the same on every rank: an operation of another name, size or pivot is a fault.
+        detail = f"running mean {zlib.crc32(pivot.tobytes()):08x}" if direction == "forward" else ""
+        operation = Operation(self.shared.layer, direction, pivot.size, detail)
+        return self.shared.communicator.sum(values, operation, self.shared.timeout)
+
+    def take_total(self, total: Statistics, pivot: Statistics) -> None:
+        """Set the statistics, from the sum of all contributions.
+
+        Raises:
             SingleValueError: one value per channel on all ranks together.
         """
-        pivot = np.where(np.isfinite(self.running_mean), self.running_mean, 0.0)
-        mine = contribution(count, mean, m2, pivot)
-        check = f"running mean {zlib.crc32(pivot.tobytes()):08x}"
-        total = self.shared.sum(mine, "forward", pivot.size, check)
         self.count, self.mean, self.m2 = combine(total, pivot)
         if self.count < 2:
             ranks = list(self.shared.communicator.ranks)
@@ -113,16 +120,6 @@ class SyncNormCall:
                 "no variance exists; use a larger batch, eval() or GroupNorm"
             )
         self.inv_std = 1.0 / np.sqrt(self.m2 / self.count + self.epsilon)
-
-    def share_sums(self, sum_dz: Statistics, sum_dz_xhat: Statistics) -> tuple[Statistics, Statistics]:
-        """Σdz and Σdz·x̂ over all ranks, from this rank's.
-
-        Raises:
-            DistributedError: not every rank came, or they came with different things.
-        """
-        total = self.shared.sum(np.concatenate([sum_dz, sum_dz_xhat]), "backward", sum_dz.size)
-        all_dz, all_dz_xhat = np.split(total, 2)
-        return all_dz, all_dz_xhat
 
     def update(self, mean: paddle.Tensor, variance: paddle.Tensor, spec: NormSpec) -> None:
         """``moving = momentum · moving + (1 - momentum) · batch``, in the memory of these buffers."""
@@ -160,6 +157,15 @@ def normalize_shared(
     return _SyncNorm.apply(x, weight, bias, residual, call)
 
 
+def refuse_second_derivative(call: SyncNormCall) -> None:
+    """Raise InputError in a backward pass whose result is to be differentiated."""
+    if paddle.is_grad_enabled():
+        raise InputError(
+            f"{call.shared.layer} was asked for a gradient that can be differentiated again, which synchronised "
+            "statistics do not have; leave out create_graph=True, or use BatchNorm or GroupNorm there"
+        )
+
+
 class _SyncNorm(PyLayer):
     @staticmethod
     def forward(
@@ -182,18 +188,15 @@ class _SyncNorm(PyLayer):
         seen = call.buffer(x)
         mean, m2 = np.zeros((2, seen.shape[1]))
         count = kernels.batch_statistics(seen, mean, m2)
-        call.take_statistics(count, mean, m2)
+        pivot = call.pivot()
+        call.take_total(call.sum(contribution(count, mean, m2, pivot), "forward"), pivot)
         kernels.batch_normalize(seen, call.buffer(y), residual=call.optional(residual), **_settings(weight, bias, call))
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: paddle.Tensor) -> tuple[paddle.Tensor | None, ...]:
         call: SyncNormCall = ctx.call
-        if paddle.is_grad_enabled():
-            raise InputError(
-                f"{call.shared.layer} was asked for a gradient that can be differentiated again, which synchronised "
-                "statistics do not have; leave create_graph=True, or use BatchNorm or GroupNorm there"
-            )
+        refuse_second_derivative(call)
         saved = iter(ctx.saved_tensor())
         tensors: list[Any] = [next(saved) if given else None for given in ctx.given]
         needed = [need and asked for need, asked in zip(ctx.needed, asked_for(tensors), strict=True)]
@@ -208,7 +211,8 @@ class _SyncNorm(PyLayer):
         sum_dz, sum_dz_xhat = np.zeros((2, call.mean.size))
         kernels.batch_gradient_sums(*seen, sum_dz=sum_dz, sum_dz_xhat=sum_dz_xhat, **settings)
         # Also where no gradient for x is wanted here: another rank may want one.
-        settings["sum_dz"], settings["sum_dz_xhat"] = call.share_sums(sum_dz, sum_dz_xhat)
+        total = call.sum(np.concatenate([sum_dz, sum_dz_xhat]), "backward")
+        settings["sum_dz"], settings["sum_dz_xhat"] = np.split(total, 2)
         kernels.batch_input_gradient(*seen, call.optional(dx), call.optional(dresidual), count=call.count, **settings)
         dweight = _stored(sum_dz_xhat, weight) if needed[1] else None
         dbias = _stored(sum_dz, bias) if needed[2] else None

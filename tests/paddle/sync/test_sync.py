@@ -30,12 +30,13 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return [dict(np.load(Path(folder) / f"{rank}.npz")) for rank in range(request.param)]
 
 
+@pytest.mark.parametrize("road", ["", "operators "], ids=["kernels", "operators"])
 @pytest.mark.parametrize("name", CASES)
-def test_a_world_equals_one_process_on_the_whole_batch(results: Results, name: str) -> None:
+def test_a_world_equals_one_process_on_the_whole_batch(results: Results, name: str, road: str) -> None:
     case = CASES[name]
     expected = case.expected(len(results))
     for step in range(STEPS):
-        found = [{key: rank[f"{name}: {step} {key}"] for key in expected[step]} for rank in results]
+        found = [{key: rank[f"{road}{name}: {step} {key}"] for key in expected[step]} for rank in results]
         for key, whole in expected[step].items():
             parts = [rank[key] for rank in found]
             if key in ("mean", "variance"):
@@ -69,6 +70,18 @@ def test_data_parallel_averages_to_the_gradient_of_the_mean_loss(results: Result
         for index, gradient in expected.items():
             # A few hundred float32 products and sums of Paddle's convolutions, in another order.
             assert np.abs(rank[f"gradient {index}"] - gradient).max() <= 1e-5 * scale
+
+
+def test_a_second_derivative_is_refused(results: Results) -> None:
+    for rank in results:
+        assert "InputError: SyncBatchNorm" in str(rank["second derivative"])
+        assert "differentiated again" in str(rank["second derivative"])
+
+
+def test_the_transport_of_devices_sums_in_float64(results: Results) -> None:
+    world = len(results)
+    for rank in results:
+        np.testing.assert_allclose(rank["device sum"], [world, world * (world - 1) / 2, world * 1e-9], rtol=1e-15)
 
 
 def test_a_group_shares_among_its_own_ranks(results: Results) -> None:

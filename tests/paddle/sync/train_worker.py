@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import paddle
@@ -13,6 +16,7 @@ from paddle.base import core
 from sync_cases import CASES, CHANNELS, STEPS, Case
 
 import flatwater.paddle as fw
+from flatwater.paddle.lanes import DeviceTransport
 
 COLLECTIVES = ("all_gather", "all_reduce", "all_to_all", "barrier", "broadcast", "gather", "recv", "reduce", "send")
 
@@ -144,12 +148,41 @@ def StockNorm(channels: int, act: str | None = None) -> paddle.nn.Layer:  # noqa
     return paddle.nn.BatchNorm(channels, act=act)
 
 
+@contextlib.contextmanager
+def by_operators() -> Iterator[None]:
+    """As on a device for which there are no kernels."""
+    with mock.patch("flatwater.paddle.norm.choose_backend", return_value="paddle"):
+        yield
+
+
+def second_derivative() -> dict[str, np.ndarray]:
+    """What is said where there is none: Paddle wraps it, as all that is raised in a backward pass."""
+    layer = fw.SyncBatchNorm(3)
+    x = paddle.randn([4, 3])
+    x.stop_gradient = False
+    try:
+        paddle.grad(layer(x).sum(), x, create_graph=True)
+    except Exception as error:
+        return {"second derivative": np.array(str(error))}
+    return {"second derivative": np.array("no error")}
+
+
+def device_transport(rank: int, world: int) -> dict[str, np.ndarray]:
+    """The transport of devices, over the group of all ranks that Paddle made; here it is gloo."""
+    transport = DeviceTransport(distributed.get_group(0), paddle.CPUPlace())
+    return {"device sum": transport.sum(np.array([1.0, rank, 1e-9]))}
+
+
 def main(folder: str) -> None:
     distributed.init_parallel_env()
     rank, world = distributed.get_rank(), distributed.get_world_size()
     results: dict[str, np.ndarray] = {}
     for name, case in CASES.items():
         results |= {f"{name}: {key}": value for key, value in run_case(case, rank, world).items()}
+        with by_operators():
+            results |= {f"operators {name}: {key}": value for key, value in run_case(case, rank, world).items()}
+    results |= second_derivative()
+    results |= device_transport(rank, world)
     results |= data_parallel(rank, world) | pairs(rank, world) | recomputed(rank) | converted(rank, world)
     results |= count_collectives(rank)
     np.savez(Path(folder) / f"{rank}.npz", **results)
