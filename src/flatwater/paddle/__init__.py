@@ -5,7 +5,7 @@ Train    ``BatchNorm``, ``BatchNorm1D/2D/3D``, ``GroupNorm``, ``InstanceNorm1D/2
 Share    ``SyncBatchNorm``, ``convert_sync_batchnorm`` and ``revert_sync_batchnorm`` for a model that exists, and
          ``average_statistics`` (``AverageStatistics``, a callback) for one that was trained without
 See      ``NormMonitor``
-Control  ``freeze``, ``frozen_report`` and ``thaw``
+Control  ``freeze``, ``frozen_report`` and ``thaw``, ``recalibrate``
 Ship     ``fold``, ``export``, ``verify``
 """
 
@@ -29,11 +29,13 @@ from flatwater.paddle.layers import (
     backend_of,
 )
 from flatwater.paddle.monitor import NormMonitor
+from flatwater.paddle.recalibrate import recalibrate
 from flatwater.paddle.sync import SyncBatchNorm
 from flatwater.paddle.sync_convert import convert_sync_batchnorm, revert_sync_batchnorm
 from flatwater.paddle.verify import verify
 from flatwater.surgery import ChangeReport, FoldReport
 from flatwater.surgery.frozen import FreezeReport, FrozenReport
+from flatwater.surgery.recalibration import RecalibrationReport
 from flatwater.verify import VerifyReport
 
 __all__ = [
@@ -54,6 +56,7 @@ __all__ = [
     "InstanceNorm2D",
     "InstanceNorm3D",
     "NormMonitor",
+    "RecalibrationReport",
     "SyncBatchNorm",
     "VerifyReport",
     "average_statistics",
@@ -65,6 +68,7 @@ __all__ = [
     "freeze",
     "frozen_report",
     "nn",
+    "recalibrate",
     "revert",
     "revert_sync_batchnorm",
     "thaw",

@@ -123,6 +123,8 @@ def thaw(model: paddle.nn.Layer, *, pattern: str | None = None) -> ChangeReport:
                 parameter.stop_gradient = flag
         for name, value in memory.settings.items():
             setattr(layer, name, value)
+        if _is_stock(layer):
+            layer.__dict__.pop("_accepted", None)  # what the layer looked up while it was ours
         report.changed.append(path)
     return report
 
