@@ -1,4 +1,4 @@
-"""One rank of a world in which models are recalibrated or frozen; what it finds goes to FOLDER/rank.npz, or is printed."""
+"""One rank of a world in which models are recalibrated or frozen; results go to FOLDER/rank.npz or to the output."""
 
 from __future__ import annotations
 
