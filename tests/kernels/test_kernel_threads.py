@@ -56,7 +56,12 @@ def run(code: str, framework: str = "", **environment: str) -> list[str]:
 
 
 PADDLE = "import paddle; paddle.randn([512, 512]).matmul(paddle.randn([512, 512]))"
-FRAMEWORKS = pytest.mark.parametrize("framework", ["", PADDLE], ids=["alone", "paddle"])
+BESIDE_PADDLE = pytest.mark.skipif(
+    "libasan" in os.environ.get("LD_PRELOAD", ""), reason="AddressSanitizer's dlopen does not find Paddle's libraries"
+)
+FRAMEWORKS = pytest.mark.parametrize(
+    "framework", ["", pytest.param(PADDLE, marks=BESIDE_PADDLE)], ids=["alone", "paddle"]
+)
 
 
 def test_the_interpreter_goes_on_while_a_kernel_runs() -> None:
@@ -103,6 +108,7 @@ print(first - before, os_threads() - first)
 
 
 @PROC
+@BESIDE_PADDLE
 def test_the_framework_and_the_kernels_share_one_team() -> None:
     code = """
 before = os_threads()
@@ -142,7 +148,8 @@ for _ in range(10):
     round_of_calls()
 print(os_threads() - before)
 """
-    assert int(run(code, framework)[0]) <= 3
+    # Ten rounds of three threads with a team of two each; those of one round may still be on their way out.
+    assert int(run(code, framework)[0]) <= 6
 
 
 def test_a_kernel_inside_of_a_parallel_region_is_right() -> None:
@@ -160,7 +167,11 @@ print(len(found), all(same(each, expected) for each in found))
 
 # GNU's runtime waits in a child for the threads that only its parent has; Intel's, which Paddle brings, does not.
 LOST = pytest.mark.xfail(strict=True, reason="a team of libgomp does not survive fork()")
-CHILDREN = pytest.mark.parametrize("framework", [pytest.param("", marks=LOST), PADDLE], ids=["alone", "paddle"])
+CHILDREN = pytest.mark.parametrize(
+    "framework",
+    [pytest.param("", marks=LOST), pytest.param(PADDLE, marks=BESIDE_PADDLE)],
+    ids=["alone", "paddle"],
+)
 
 FORK = """
 kernels.set_threads(3)
