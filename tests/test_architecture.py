@@ -21,13 +21,17 @@ ROOMS = {
     "errors": set(),
     "files": set(),
     "spec": {"errors"},
+    "advice": {"errors"},
+    "lined": {"errors"},
+    "settings": {"lined"},
+    "policy": {"errors", "lined", "settings"},
     "reference": FOUNDATION,
     "kernels": FOUNDATION,
     "surgery": FOUNDATION,
     "verify": FOUNDATION | {"reference"},
     "host": {"errors"},
-    "paddle": FOUNDATION | {"kernels", "surgery", "verify"},
-    "recipes": FOUNDATION | {"kernels", "paddle", "surgery", "verify", "host"},
+    "paddle": FOUNDATION | {"kernels", "surgery", "verify", "policy", "advice"},
+    "recipes": FOUNDATION | {"kernels", "paddle", "surgery", "verify", "host", "policy", "lined", "settings"},
     "cli": {"errors", "host", "paddle", "recipes"},
     "__init__": FOUNDATION,
     "__main__": {"cli"},
@@ -98,6 +102,6 @@ def test_all_is_what_is_visible(source: Path) -> None:
 
 
 def test_importing_flatwater_imports_no_framework() -> None:
-    code = "import sys, flatwater; print(sorted({'paddle', 'torch', 'onnxruntime'} & set(sys.modules)))"
+    code = "import sys, flatwater; print(sorted({'paddle', 'torch', 'onnxruntime', 'pydantic'} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
