@@ -2,14 +2,13 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 
-#include <cstdlib>
 #include <cstring>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "pool_bindings.h"
 #include "problem.h"
+#include "step_bindings.h"
 #include "team.h"
 
 namespace nb = nanobind;
@@ -59,16 +58,6 @@ void def_pointer(nb::class_<Call> &type, const char *name) {
     type.def_prop_rw(
         name, [](const Call &call) { return reinterpret_cast<Address>(call.problem.*member); },
         [](Call &call, Address address) { call.problem.*member = reinterpret_cast<Pointer>(address); });
-}
-
-const Kernels &kernels() {
-    static const Kernels *const chosen = [] {
-        const char *forced = std::getenv("FLATWATER_ISA");
-        const Kernels *found = choose_kernels(forced);
-        if (!found) throw std::invalid_argument(forced);
-        return found;
-    }();
-    return *chosen;
 }
 
 template <auto kernel>
@@ -162,6 +151,7 @@ NB_MODULE(_cpu, m) {
     m.def("threads", &threads);
     m.def("set_threads", &set_threads, "threads"_a);
     bind_pool(m);
+    bind_step(m);
 }
 
 }  // namespace flatwater

@@ -1,4 +1,6 @@
+#include <cstdlib>
 #include <cstring>
+#include <stdexcept>
 
 #include "problem.h"
 
@@ -29,6 +31,16 @@ const Kernels *choose_kernels(const char *forced) {
     if (has_avx2 && wanted(avx2::kernels)) return &avx2::kernels;
 #endif
     return wanted(baseline::kernels) ? &baseline::kernels : nullptr;
+}
+
+const Kernels &kernels() {
+    static const Kernels *const chosen = [] {
+        const char *forced = std::getenv("FLATWATER_ISA");
+        const Kernels *found = choose_kernels(forced);
+        if (!found) throw std::invalid_argument(forced);
+        return found;
+    }();
+    return *chosen;
 }
 
 }  // namespace flatwater

@@ -54,6 +54,9 @@ struct Kernels {
 // The best that this processor runs, or the one that `forced` names; null if it cannot run that.
 const Kernels *choose_kernels(const char *forced);
 
+// Those in use from the first call on: FLATWATER_ISA names them. std::invalid_argument if it names others.
+const Kernels &kernels();
+
 // moving = momentum * moving + (1 - momentum) * batch, in place; T is float or double.
 template <class T>
 void update_running(T *running_mean, T *running_variance, const double *mean, const double *m2, index channels,

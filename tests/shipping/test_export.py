@@ -58,7 +58,9 @@ def test_networks_export_without_batch_norm(name: str, tmp_path: Path) -> None:
     assert list(after) == list(before)
     assert all(np.array_equal(after[key], before[key]) for key in before)
     # Paddle's own sums in float32 differ from run to run: MKL takes another road where an array lies otherwise.
-    np.testing.assert_allclose(evaluate(model, example(2, 3, 64, 64)), expected, rtol=0, atol=1e-5 * abs(expected).max())
+    np.testing.assert_allclose(
+        evaluate(model, example(2, 3, 64, 64)), expected, rtol=0, atol=1e-5 * abs(expected).max()
+    )
 
 
 @pytest.mark.parametrize("kind", ["conv1d", "depthwise", "transposed", "linear", "any rank", "synchronised", "ours"])

@@ -3,7 +3,7 @@
 A :class:`Buffer` says where a tensor lies, a :class:`Vector` where a parameter lies; statistics are
 float64 NumPy arrays. The kernels run on the CPU, in the best instruction set that it has, on as many
 threads as OpenMP may use, without the interpreter's lock, and give the same bits for any number of
-threads. :mod:`~flatwater.kernels.pool` is memory for what they fill.
+threads. :mod:`~flatwater.kernels.pool` is memory for what they fill; a :class:`Step` is the short way for layers.
 """
 
 from flatwater.kernels import pool
@@ -20,10 +20,12 @@ from flatwater.kernels.batch import (
 from flatwater.kernels.buffer import Buffer, Vector
 from flatwater.kernels.group import group_norm_backward, group_norm_forward, group_normalize, group_statistics
 from flatwater.kernels.launch import Statistics, available, isa, set_threads, threads
+from flatwater.kernels.step import Step, begin
 
 __all__ = [
     "Buffer",
     "Statistics",
+    "Step",
     "Vector",
     "available",
     "batch_gradient_sums",
@@ -32,6 +34,7 @@ __all__ = [
     "batch_norm_forward",
     "batch_normalize",
     "batch_statistics",
+    "begin",
     "group_norm_backward",
     "group_norm_forward",
     "group_normalize",

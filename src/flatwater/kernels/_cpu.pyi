@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 class Call:
     """One call of a kernel: addresses, 0 for what the call has not, and settings."""
 
@@ -26,6 +29,29 @@ class Call:
     ) -> None: ...
     def set_weight(self, address: int, is_double: bool) -> None: ...
     def set_bias(self, address: int, is_double: bool) -> None: ...
+
+class Step:
+    """One norm in one training step; addresses, 0 for what it has not. groups=0: over the batch."""
+
+    mean: npt.NDArray[np.float64]
+    m2: npt.NDArray[np.float64]
+    inv_std: npt.NDArray[np.float64]
+
+    def __init__(
+        self,
+        dtype: int,
+        activation: int,
+        outer: int,
+        channels: int,
+        inner: int,
+        channels_last: bool,
+        groups: int,
+        epsilon: float,
+    ) -> None: ...
+    def freeze(self, running_mean: int, running_variance: int) -> None: ...
+    def forward(self, x: int, y: int, residual: int, weight: int, bias: int) -> None: ...
+    def update(self, running_mean: int, running_variance: int, momentum: float, unbiased: bool) -> None: ...
+    def backward(self, dy: int, x: int, residual: int, dx: int, dresidual: int, dweight: int, dbias: int) -> None: ...
 
 def batch_statistics(call: Call) -> None: ...
 def batch_normalize(call: Call) -> None: ...

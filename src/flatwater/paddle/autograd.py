@@ -7,25 +7,18 @@ reads raw memory inside a captured graph would lose its gradients without a word
 from __future__ import annotations
 
 from functools import partial
-from math import prod
 from typing import Any
 
-import numpy as np
 import paddle
 from paddle.autograd import PyLayer
 from paddle.jit.sot.psdb import fallback
 
-from flatwater import kernels
-from flatwater.errors import InputError
-from flatwater.kernels import Buffer, Statistics, Vector
-from flatwater.paddle.calls import BatchNormCall, NormCall
+from flatwater.paddle.calls import NormCall
 from flatwater.paddle.composite import composite_gradients
-from flatwater.paddle.dtypes import dtype_name
 from flatwater.paddle.memory import empty_like
 from flatwater.paddle.pruning import asked_for
-from flatwater.spec import NormSpec
 
-__all__ = ["normalize", "update_running"]
+__all__ = ["normalize"]
 
 
 def normalize(
@@ -38,19 +31,6 @@ def normalize(
     """``act(γ·x̂ + β + residual)``, differentiable in every tensor. ``call`` receives the statistics."""
     fallback(recursive=True)  # to_static(full_graph=False) runs what follows as it is, instead of looking into it
     return _Norm.apply(x, weight, bias, residual, call)
-
-
-def update_running(mean: paddle.Tensor, variance: paddle.Tensor, call: BatchNormCall, spec: NormSpec) -> None:
-    """``moving = momentum · moving + (1 - momentum) · batch``, in the memory of the layer's buffers."""
-    kernels.update_running(
-        _vector(mean),
-        _vector(variance),
-        mean=call.mean,
-        m2=call.m2,
-        count=call.count,
-        momentum=spec.momentum,
-        unbiased=spec.unbiased,
-    )
 
 
 class _Norm(PyLayer):
@@ -72,8 +52,7 @@ class _Norm(PyLayer):
 
         x, residual = x.contiguous(), None if residual is None else residual.contiguous()
         y = empty_like(x)
-        memory = _Memory(x, call)
-        call.forward(memory.of(x), memory.of(y), **_parameters(weight, bias), residual=memory.of(residual))
+        call.forward(x, y, weight, bias, residual)
         return y
 
     @staticmethod
@@ -95,58 +74,8 @@ def _kernel_gradients(
     x, weight, bias, residual = tensors
     x, dy = x.contiguous(), dy.contiguous()
     residual = None if residual is None else residual.contiguous()
-    dx = empty_like(x) if needed[0] else None
-    dresidual = empty_like(x) if needed[3] else None
-    memory = _Memory(x, call)
-    sum_dz, sum_dz_xhat = np.zeros(memory.channels), np.zeros(memory.channels)
-    call.backward(
-        memory.of(dy),
-        memory.of(x),
-        memory.of(dx),
-        memory.of(dresidual),
-        sum_dz=sum_dz,
-        sum_dz_xhat=sum_dz_xhat,
-        **_parameters(weight, bias),
-        residual=memory.of(residual),
+    dx, dweight, dbias, dresidual = (
+        empty_like(like) if need else None for like, need in zip((x, weight, bias, x), needed, strict=True)
     )
-    dweight = _stored(sum_dz_xhat, weight) if needed[1] else None
-    dbias = _stored(sum_dz, bias) if needed[2] else None
+    call.backward(dy, x, residual, dx, dresidual, dweight, dbias)
     return dx, dweight, dbias, dresidual
-
-
-class _Memory:
-    """How the kernels see x, and every other dense tensor that is like it."""
-
-    def __init__(self, x: paddle.Tensor, call: NormCall) -> None:
-        outer, *rest = x.shape
-        self.channels = rest.pop() if call.channels_last else rest.pop(0)
-        self._like = (x.shape, x.dtype)
-        self._rest = (dtype_name(x), (outer, self.channels, prod(rest)), call.channels_last)
-
-    def of(self, tensor: paddle.Tensor | None) -> Buffer | None:
-        if tensor is None:
-            return None
-        if (tensor.shape, tensor.dtype) != self._like:
-            shape, dtype = self._like
-            raise InputError(
-                f"a {tensor.dtype} tensor of shape {list(tensor.shape)} came to a norm layer whose input is {dtype} of "
-                f"shape {list(shape)}; let the hook that made it keep both"
-            )
-        return Buffer(tensor.data_ptr(), *self._rest)
-
-
-def _parameters(weight: paddle.Tensor | None, bias: paddle.Tensor | None) -> dict[str, Vector | None]:
-    return {
-        "weight": None if weight is None else _vector(weight),
-        "bias": None if bias is None else _vector(bias),
-    }
-
-
-def _vector(tensor: paddle.Tensor) -> Vector:
-    return Vector(tensor.data_ptr(), dtype_name(tensor), tensor.shape[0])
-
-
-def _stored(values: Statistics, like: paddle.Tensor) -> paddle.Tensor:
-    gradient = empty_like(like)
-    kernels.store(values, _vector(gradient))
-    return gradient

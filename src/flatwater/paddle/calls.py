@@ -1,146 +1,137 @@
-"""One call of a norm: its settings, its statistics, and which kernels compute it in either direction."""
+"""One call of a norm: its settings, its statistics, and the kernels that compute it in either direction."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from collections.abc import Sequence
+from math import prod
+from typing import Any
 
-import numpy as np
 import paddle
 
 from flatwater import kernels
-from flatwater.kernels import Buffer, Statistics
+from flatwater.errors import InputError
+from flatwater.kernels import Statistics
+from flatwater.paddle.dtypes import dtype_name
 from flatwater.spec import Activation
 
-__all__ = ["BatchNormCall", "GroupNormCall", "NormCall"]
+__all__ = ["NormCall", "plain_shape"]
 
 
-@dataclass
-class BatchNormCall:
-    """One call of batch norm: its settings, and the statistics that it leaves behind.
+def plain_shape(shape: Sequence[int], *, channels_last: bool) -> tuple[int, int, int]:
+    """``(outer, channels, inner)``: samples, channels, and all spatial dimensions as one."""
+    outer, *rest = shape
+    channels = rest.pop() if channels_last else rest.pop(0)
+    return outer, channels, prod(rest)
 
-    Attributes:
+
+class NormCall:
+    """One call of batch or group norm, from its forward pass to its backward pass.
+
+    Args:
         channels_last: where the channels of x stand.
         activation: fused after γ·x̂ + β + residual.
         epsilon: added to the variance.
-        mean, inv_std: float64, one per channel. Given where ``frozen``, else filled.
-        m2: Σ(x - mean)², filled unless ``frozen``.
-        frozen: statistics are constants, so no gradient flows through them.
-        count: values per channel behind the statistics, set by the forward pass.
+        groups: of channels, for statistics of each sample and group (instance norm has as many groups as
+            channels); None for those of each channel over the batch.
+        constants: moving mean and variance, to be taken instead of the batch's; no gradient flows through them.
     """
 
-    channels_last: bool
-    activation: Activation
-    epsilon: float
-    mean: Statistics
-    inv_std: Statistics
-    m2: Statistics
-    frozen: bool = False
-    count: int = 0
+    # Both from the forward pass.
+    _step: kernels.Step
+    _like: tuple[list[int], Any]
 
-    @classmethod
-    def over_batch(cls, channels: int, *, channels_last: bool, activation: Activation, epsilon: float) -> BatchNormCall:
-        """A call that takes its statistics from the batch."""
-        return cls(channels_last, activation, epsilon, np.zeros(channels), np.zeros(channels), np.zeros(channels))
-
-    @classmethod
-    def with_constants(
-        cls,
-        mean: paddle.Tensor,
-        variance: paddle.Tensor,
+    def __init__(
+        self,
         *,
         channels_last: bool,
         activation: Activation,
         epsilon: float,
-    ) -> BatchNormCall:
-        """A call that takes its statistics from the moving ones, as constants."""
-        inv_std = 1.0 / np.sqrt(variance.numpy().astype(np.float64) + epsilon)
-        mean64 = mean.numpy().astype(np.float64)
-        return cls(channels_last, activation, epsilon, mean64, inv_std, np.empty(0), frozen=True)
+        groups: int | None = None,
+        constants: tuple[paddle.Tensor, paddle.Tensor] | None = None,
+    ) -> None:
+        self.channels_last = channels_last
+        self.activation = activation
+        self.epsilon = epsilon
+        self.groups = groups
+        self.frozen = constants is not None
+        self._constants = constants
 
-    def forward(self, x: Buffer, y: Buffer, **settings: Any) -> None:
-        """Fill ``y``, and the statistics unless they are constants."""
-        if self.frozen:
-            kernels.batch_normalize(x, y, mean=self.mean, inv_std=self.inv_std, activation=self.activation, **settings)
-            return
-        self.count = kernels.batch_norm_forward(
-            x,
-            y,
-            mean=self.mean,
-            m2=self.m2,
-            inv_std=self.inv_std,
+    @property
+    def mean(self) -> Statistics:
+        """Of each channel, or of each sample and group, once the forward pass has run."""
+        return self._step.mean
+
+    @property
+    def inv_std(self) -> Statistics:
+        """(variance + epsilon)^(-1/2), as :attr:`mean`."""
+        return self._step.inv_std
+
+    def forward(
+        self,
+        x: paddle.Tensor,
+        y: paddle.Tensor,
+        weight: paddle.Tensor | None,
+        bias: paddle.Tensor | None,
+        residual: paddle.Tensor | None,
+    ) -> None:
+        """Fill ``y``, and the statistics unless they are constants. Tensors shaped like x are dense."""
+        self._like = (x.shape, x.dtype)
+        step = self._step = kernels.begin(
+            plain_shape(x.shape, channels_last=self.channels_last),
+            dtype_name(x),
+            channels_last=self.channels_last,
+            activation=self.activation,
             epsilon=self.epsilon,
-            activation=self.activation,
-            **settings,
-        )
-
-    def backward(self, dy: Buffer, x: Buffer, dx: Buffer | None, dresidual: Buffer | None, **settings: Any) -> None:
-        """Fill ``dx`` and ``dresidual``, where they are wanted, and the sums."""
-        kernels.batch_norm_backward(
-            dy,
-            x,
-            dx,
-            dresidual,
-            mean=self.mean,
-            inv_std=self.inv_std,
-            frozen=self.frozen,
-            activation=self.activation,
-            **settings,
-        )
-
-
-@dataclass
-class GroupNormCall:
-    """One call of group norm; instance norm is the one with as many groups as channels.
-
-    Attributes:
-        groups, channels_last, activation, epsilon: the layer's settings.
-        mean, m2, inv_std: float64, one per sample and group, filled by the forward pass.
-    """
-
-    groups: int
-    channels_last: bool
-    activation: Activation
-    epsilon: float
-    mean: Statistics
-    m2: Statistics
-    inv_std: Statistics
-
-    @classmethod
-    def over_samples(
-        cls, samples: int, *, groups: int, channels_last: bool, activation: Activation, epsilon: float
-    ) -> GroupNormCall:
-        """A call with room for the statistics of ``samples`` samples."""
-        size = samples * groups
-        return cls(groups, channels_last, activation, epsilon, np.zeros(size), np.zeros(size), np.zeros(size))
-
-    def forward(self, x: Buffer, y: Buffer, **settings: Any) -> None:
-        """Fill ``y`` and the statistics."""
-        kernels.group_norm_forward(
-            x,
-            y,
             groups=self.groups,
-            mean=self.mean,
-            m2=self.m2,
-            inv_std=self.inv_std,
-            epsilon=self.epsilon,
-            activation=self.activation,
-            **settings,
         )
+        if self._constants is not None:
+            mean, variance = self._constants
+            step.freeze(self._per_channel(mean), self._per_channel(variance))
+        step.forward(x.data_ptr(), y.data_ptr(), _address(residual), self._per_channel(weight), self._per_channel(bias))
 
-    def backward(self, dy: Buffer, x: Buffer, dx: Buffer | None, dresidual: Buffer | None, **settings: Any) -> None:
-        """Fill ``dx`` and ``dresidual``, where they are wanted, and the sums."""
-        kernels.group_norm_backward(
-            dy,
-            x,
-            dx,
-            dresidual,
-            groups=self.groups,
-            mean=self.mean,
-            inv_std=self.inv_std,
-            activation=self.activation,
-            **settings,
-        )
+    def update(self, mean: paddle.Tensor, variance: paddle.Tensor, *, momentum: float, unbiased: bool) -> None:
+        """``moving = momentum · moving + (1 - momentum) · batch``, in the memory of these buffers."""
+        self._step.update(self._per_channel(mean), self._per_channel(variance), momentum, unbiased)
+
+    def backward(
+        self,
+        dy: paddle.Tensor,
+        x: paddle.Tensor,
+        residual: paddle.Tensor | None,
+        dx: paddle.Tensor | None,
+        dresidual: paddle.Tensor | None,
+        dweight: paddle.Tensor | None,
+        dbias: paddle.Tensor | None,
+    ) -> None:
+        """Fill those of the gradients that are wanted.
+
+        Raises:
+            InputError: ``dy``, or what a hook made of a saved tensor, is not like the input of the forward pass.
+        """
+        self.check_like(dy, x, residual)
+        self._step.backward(dy.data_ptr(), x.data_ptr(), *map(_address, (residual, dx, dresidual, dweight, dbias)))
+
+    def check_like(self, *tensors: paddle.Tensor | None) -> None:
+        """Raise InputError unless all tensors have the shape and dtype that the forward pass had."""
+        for tensor in tensors:
+            if tensor is not None and (tensor.shape, tensor.dtype) != self._like:
+                shape, dtype = self._like
+                raise InputError(
+                    f"a {tensor.dtype} tensor of shape {list(tensor.shape)} came to a norm layer whose input is "
+                    f"{dtype} of shape {list(shape)}; let the hook that made it keep both"
+                )
+
+    def _per_channel(self, tensor: paddle.Tensor | None) -> int:
+        if tensor is None:
+            return 0
+        wanted = paddle.float64 if self._like[1] is paddle.float64 else paddle.float32
+        if tensor.dtype is not wanted:  # there is one of each
+            raise InputError(
+                f"{tensor.name!r} has {tensor.dtype} values, but the kernels take {wanted} ones "
+                f"for {self._like[1]} input; cast the layer with layer.to(dtype=...)"
+            )
+        return int(tensor.data_ptr())
 
 
-NormCall: TypeAlias = BatchNormCall | GroupNormCall
+def _address(tensor: paddle.Tensor | None) -> int:
+    return 0 if tensor is None else int(tensor.data_ptr())

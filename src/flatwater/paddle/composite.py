@@ -44,8 +44,7 @@ def composite_gradients(dy: paddle.Tensor, tensors: Sequence[Any], call: NormCal
     x, weight, bias, residual = tensors
     axis = x.ndim - 1 if call.channels_last else 1
     channels = x.shape[axis]
-    groups = getattr(call, "groups", None)
-    frozen = getattr(call, "frozen", False)
+    groups, frozen = call.groups, call.frozen
     # Seen as (samples, groups, channels of a group, inner ...), statistics are over all but the kept axes.
     split = [*x.shape[:axis], groups or channels, channels // (groups or channels), *x.shape[axis + 1 :]]
     kept = (axis,) if groups is None else (0, axis)

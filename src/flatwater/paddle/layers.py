@@ -26,9 +26,9 @@ import paddle
 import paddle.nn.functional as F
 
 from flatwater.errors import InputError, SingleValueError
-from flatwater.paddle.autograd import normalize, update_running
+from flatwater.paddle.autograd import normalize
 from flatwater.paddle.backend import Backend, is_replay
-from flatwater.paddle.calls import BatchNormCall, GroupNormCall
+from flatwater.paddle.calls import NormCall
 from flatwater.paddle.composite import exportable_group_norm
 from flatwater.paddle.kinds import normalizes_by_batch
 from flatwater.paddle.norm import Held, Input, NormLayer
@@ -110,17 +110,15 @@ class _BatchNorm(NormLayer):
     ) -> paddle.Tensor:
         spec = self._spec()
         weight, bias, mean, variance = held
-        settings: dict[str, Any] = {
-            "channels_last": found.channels_last,
-            "activation": spec.activation,
-            "epsilon": spec.epsilon,
-        }
-        if not by_batch:
-            return normalize(x, weight, bias, residual, BatchNormCall.with_constants(mean, variance, **settings))
-        call = BatchNormCall.over_batch(found.channels, **settings)
+        call = NormCall(
+            channels_last=found.channels_last,
+            activation=spec.activation,
+            epsilon=spec.epsilon,
+            constants=None if by_batch else (mean, variance),
+        )
         y = normalize(x, weight, bias, residual, call)
-        if not is_replay():
-            update_running(mean, variance, call, spec)
+        if by_batch and not is_replay():
+            call.update(mean, variance, momentum=spec.momentum, unbiased=spec.unbiased)
         return y
 
     def _paddle_batch_norm(self, x: paddle.Tensor, *, by_batch: bool) -> paddle.Tensor:
@@ -208,12 +206,11 @@ class _SampleNorm(NormLayer):
         if self._backend(x, held) == "paddle":
             return self._finish(self._paddle_norm(x), residual)
         spec = self._spec()
-        call = GroupNormCall.over_samples(
-            x.shape[0],
-            groups=self._groups(),
+        call = NormCall(
             channels_last=found.channels_last,
             activation=spec.activation,
             epsilon=spec.epsilon,
+            groups=self._groups(),
         )
         return normalize(x, held.weight, held.bias, residual, call)
 

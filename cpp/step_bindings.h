@@ -1,0 +1,11 @@
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+namespace nb = nanobind;
+
+namespace flatwater {
+
+void bind_step(nb::module_ &m);
+
+}  // namespace flatwater
