@@ -9,6 +9,7 @@ What the ranks were at is exchanged through the store, after a second without an
 
 from __future__ import annotations
 
+import threading
 import time
 import zlib
 from concurrent.futures import Future, wait
@@ -29,6 +30,8 @@ Direction = Literal["forward", "backward", "average"]
 
 # How long a rank waits before it asks where the others are, and how often it asks again.
 _PATIENCE = 1.0
+# For how long a rank that knows of a fault asks the others what they saw.
+_TESTIMONY = 4.0
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,9 @@ class Communicator:
         self._worker = Worker("flatwater-collective")
         self._reports = Reports(ranks, rank)
         self._calls = 0
-        self._renewed = 0
+        self._pending: _Attempt | None = None
+        self._speaking = threading.Lock()  # held so that nothing is said of a sum after that it has failed
+        threading.Thread(target=self._watch, name="flatwater-watch", daemon=True).start()
         self._failure: str | None = None
 
     def sum(self, values: Statistics, operation: Operation, timeout: float) -> Statistics:
@@ -86,68 +91,110 @@ class Communicator:
                 f"{operation} on rank {self.rank} cannot run after an earlier fault: {self._failure}"
             )
         self._calls += 1
-        marks = _marks(operation, self._calls)
-        vector = np.concatenate([marks, values])
-        started = time.monotonic()
-        total = self._sum(vector, operation, started, timeout)
+        attempt = self._pending = _Attempt(self._calls, operation, timeout)
+        marks = _marks(attempt)
+        total = self._sum(np.concatenate([marks, values]), attempt)
+        self._pending = None
         if not np.array_equal(total[: marks.size], marks * len(self.ranks)):
-            self._fail(operation, started, "the ranks came with different things")
+            self._fail(attempt, "the ranks came with different things")
         return total[marks.size :]
 
-    def _sum(self, vector: Statistics, operation: Operation, started: float, timeout: float) -> Statistics:
-        transport = self._transport
+    def _sum(self, vector: Statistics, attempt: _Attempt) -> Statistics:
         while True:
-            left = started + timeout - time.monotonic()
-            try:
-                if left > transport.patience and transport.ready(vector.size):
-                    return transport.sum(vector)
-                return self._await(self._worker.submit(lambda: transport.sum(vector)), operation, started, timeout)
-            except DistributedError:
-                raise
-            except Exception as error:  # whatever gloo or the device's library raises
-                if not self._renew(error, operation, started):
-                    self._fail(operation, started, f"the connection failed ({str(error).splitlines()[0]})")
+            total = self._try(vector, attempt)
+            if total is not None:
+                return total
 
-    def _await(self, job: Future[Statistics], operation: Operation, started: float, timeout: float) -> Statistics:
+    def _try(self, vector: Statistics, attempt: _Attempt) -> Statistics | None:
+        """The sum; None if the connections expired and new ones have to be tried."""
+        transport = self._transport
+        try:
+            if attempt.left() > transport.patience and transport.ready(vector.size):
+                return transport.sum(vector)
+            return self._await(self._worker.submit(lambda: transport.sum(vector)), attempt)
+        except DistributedError:
+            raise
+        except Exception as error:  # whatever gloo or the device's library raises
+            if self._renew(error, attempt):
+                return None
+            self._fail(attempt, f"the connection failed ({str(error).splitlines()[0]})")
+
+    def _await(self, job: Future[Statistics], attempt: _Attempt) -> Statistics:
         while True:
-            left = started + timeout - time.monotonic()
+            left = attempt.left()
             done, _ = wait([job], max(0.0, min(_PATIENCE, left)))
             if done:
                 return job.result()
             if left <= _PATIENCE:
-                self._fail(operation, started, f"not every rank came within timeout={timeout:g} s")
-            report = Report(self.rank, self._calls, str(operation), self._renewed == self._calls)
-            self._reports.publish(report)
-            if self._reports.contradict(report):
-                self._fail(operation, started, "the ranks are not at the same thing")
+                self._fail(attempt, "a rank did not come")
+            if self._reports.contradict(self._report(attempt)):
+                self._fail(attempt, "the ranks are not at the same thing")
 
-    def _renew(self, error: Exception, operation: Operation, started: float) -> bool:
+    def _renew(self, error: Exception, attempt: _Attempt) -> bool:
         """Get new connections, if the old ones expired while a rank waited: this one, or one that waits for it."""
         if not self._transport.may_be_late(error):
             return False
-        report = Report(self.rank, self._calls, str(operation), renewing=True)
-        if time.monotonic() - started < self._transport.patience and not self._reports.invite(report):
+        if attempt.waited() < self._transport.patience and not self._reports.invite(self._report(attempt)):
             return False
         self._transport.renew()
-        self._renewed = self._calls
-        self._reports.publish(report)
+        attempt.renewed = True
+        self._reports.publish(self._report(attempt))
         return True
 
-    def _fail(self, operation: Operation, started: float, what: str) -> NoReturn:
-        waited = time.monotonic() - started
-        report = Report(self.rank, self._calls, str(operation), fault=what)
+    def _fail(self, attempt: _Attempt, what: str) -> NoReturn:
+        with self._speaking:
+            self._pending = None
+        fault = f"{what}, after {attempt.waited():.1f} s of timeout={attempt.timeout:g} s"
+        report = self._report(attempt, fault)
         self._reports.publish(report)
+        seen = self._reports.collect(report, attempt.time_for_testimony())
         self._failure = (
-            f"{operation}, sum {self._calls} of rank {self.rank} in ranks {list(self.ranks)}: {what}, "
-            f"after {waited:.1f} s; seen: {self._reports.collect(report)}; let every rank run the same layers in the "
-            "same order, and start again from the last checkpoint"
+            f"{attempt.operation}, sum {attempt.call} of rank {self.rank} in ranks {list(self.ranks)}: {fault}; "
+            f"seen: {seen}; let every rank run the same layers in the same order, "
+            "and start again from the last checkpoint"
         )
         raise DistributedError(self._failure)
 
+    def _watch(self) -> None:
+        """Let the others know of a sum that takes long, and read what they say: the store may not be there later."""
+        while True:
+            time.sleep(_PATIENCE / 2)
+            with self._speaking:
+                attempt = self._pending
+                if attempt is not None and attempt.waited() > _PATIENCE:
+                    self._reports.publish(self._report(attempt))
+                    self._reports.refresh()
 
-def _marks(operation: Operation, call: int) -> Statistics:
+    def _report(self, attempt: _Attempt, fault: str | None = None) -> Report:
+        return Report(self.rank, attempt.call, str(attempt.operation), attempt.renewed, fault)
+
+
+class _Attempt:
+    """One sum that is being waited for, and the time that is left for it."""
+
+    def __init__(self, call: int, operation: Operation, timeout: float) -> None:
+        self.call = call
+        self.operation = operation
+        self.timeout = timeout
+        self.renewed = False
+        self._started = time.monotonic()
+
+    def waited(self) -> float:
+        """Seconds since it began."""
+        return time.monotonic() - self._started
+
+    def left(self) -> float:
+        """Seconds for which it may still wait: so long that there is time to say why it failed."""
+        return self.timeout - min(_TESTIMONY, self.timeout / 4) - self.waited()
+
+    def time_for_testimony(self) -> float:
+        """Seconds for which the others may be asked what they saw."""
+        return max(min(_TESTIMONY, self.timeout / 4), min(_TESTIMONY, self.timeout - self.waited()))
+
+
+def _marks(attempt: _Attempt) -> Statistics:
     """Two 16-bit halves of a check value and their squares: sums of them over 2²⁰ ranks are exact."""
-    code = zlib.crc32(f"{call} {operation}".encode())
+    code = zlib.crc32(f"{attempt.call} {attempt.operation}".encode())
     high, low = code >> 16, code & 0xFFFF
     return np.array([high, low, high * high, low * low], np.float64)
 

@@ -11,11 +11,9 @@ from flatwater.paddle.lanes import Worker, connect_store
 
 __all__ = ["Report", "Reports"]
 
-# How long the store may take to answer, and how long a rank waits for the others to say that they wait for it,
-# or what they saw of a fault: the latter longer, so that nobody has gone while others still wait for the former.
+# How long the store may take to answer, and how long a rank waits for the others to say that they wait for it.
 _ANSWER = 2.0
 _INVITATION = 1.0
-_TESTIMONY = 4.0
 
 
 @dataclass(frozen=True)
@@ -63,12 +61,15 @@ class Reports:
             self._do(lambda: self._append(json.dumps(asdict(report))))
 
     def contradict(self, mine: Report) -> bool:
-        """Whether a rank has given up, or is at something else."""
-        self._do(self._refresh)
+        """Whether a rank, when last heard of, had given up or was at something else."""
         return any(
             report.fault or (report.call == mine.call and report.operation != mine.operation)
-            for report in self._latest.values()
+            for report in list(self._latest.values())
         )
+
+    def refresh(self) -> None:
+        """Read what the others have said."""
+        self._do(self._refresh)
 
     def invite(self, mine: Report) -> bool:
         """Whether a rank that waits for this one's sum has, or just now gets, new connections."""
@@ -76,15 +77,15 @@ class Reports:
         def waits(report: Report) -> bool:
             return report.renewing and report.call == mine.call and not report.fault
 
-        return self._look(_INVITATION, lambda: any(map(waits, self._latest.values())))
+        return self._look(_INVITATION, lambda: any(map(waits, list(self._latest.values()))))
 
-    def collect(self, mine: Report) -> str:
-        """What every other rank says."""
+    def collect(self, mine: Report, seconds: float) -> str:
+        """What every other rank says, when all have spoken, or after so long."""
 
         def spoken(rank: int) -> bool:
             return rank in self._latest and self._latest[rank].call >= mine.call
 
-        self._look(_TESTIMONY, lambda: all(map(spoken, self._others)))
+        self._look(seconds, lambda: all(map(spoken, self._others)))
         return "; ".join(f"rank {rank} {self._describe(rank, mine.call)}" for rank in self._others)
 
     def _describe(self, rank: int, call: int) -> str:
@@ -99,7 +100,7 @@ class Reports:
         """Read until ``found`` holds, or for so long."""
         end = time.monotonic() + seconds
         while self._reachable and time.monotonic() < end:
-            self._do(self._refresh)
+            self.refresh()
             if found():
                 return True
             time.sleep(0.05)
