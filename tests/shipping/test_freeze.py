@@ -7,6 +7,8 @@ import json
 import numpy as np
 import paddle
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from networks import evaluate, example, randomize, state_of
 from paddle import nn
 
@@ -115,7 +117,7 @@ def test_weight_and_bias_by_themselves(one: str, other: str) -> None:
 @pytest.mark.parametrize("kind", [nn.SyncBatchNorm, fw.SyncBatchNorm])
 def test_synchronised_statistics_are_frozen_too(kind: type[nn.Layer]) -> None:
     model = network(kind)
-    x, before = example(4, 3, 5, 5), state_of(model)
+    x, before, attributes = example(4, 3, 5, 5), state_of(model), set(vars(model[1]))
     plain = network(fw.BatchNorm2D)
     plain.set_state_dict(before)
     expected = evaluate(plain, x)
@@ -127,6 +129,8 @@ def test_synchronised_statistics_are_frozen_too(kind: type[nn.Layer]) -> None:
     thaw(model)
     assert type(model[1]) is kind
     assert model[1]._use_global_stats is None
+    assert set(vars(model[1])) - {"_accepted"} == attributes - {"_accepted"}
+    assert kind is fw.SyncBatchNorm or set(vars(model[1])) == attributes
 
 
 def test_a_synchronised_norm_with_a_forward_of_its_own_is_left() -> None:
@@ -164,6 +168,37 @@ def test_several_freezes_are_undone_each_by_its_pattern() -> None:
     thaw(model)
     with pytest.raises(SurgeryError, match="nothing in the Sequential was frozen"):
         frozen_report(model)
+
+
+@given(
+    flags=st.lists(st.booleans(), min_size=6, max_size=6),
+    asked=st.lists(
+        st.tuples(st.booleans(), st.booleans(), st.booleans(), st.sampled_from(["0", "1", "2", "[01]", "*"])),
+        max_size=6,
+    ),
+)
+@settings(deadline=None, max_examples=40)
+def test_whatever_was_frozen_in_whatever_order_is_thawed_exactly(
+    flags: list[bool], asked: list[tuple[bool, bool, bool, str]]
+) -> None:
+    model = nn.Sequential(nn.SyncBatchNorm(2), fw.BatchNorm2D(2, use_global_stats=flags[0]), nn.BatchNorm(2))
+    parameters = [parameter for layer in model for parameter in (layer.weight, layer.bias)]
+    for parameter, flag in zip(parameters, flags, strict=True):
+        parameter.stop_gradient = flag
+
+    def settings_of() -> list[object]:
+        return [
+            [(type(layer), layer._use_global_stats, layer.training) for layer in model],
+            [parameter.stop_gradient for parameter in parameters],
+        ]
+
+    before = settings_of()
+    for weight, bias, statistics, pattern in asked:
+        if weight or bias or statistics:
+            freeze(model, weight=weight, bias=bias, statistics=statistics, pattern=pattern)
+            assert frozen_report(model).ok
+    thaw(model)
+    assert settings_of() == before
 
 
 def test_a_shared_parameter_is_free_when_the_last_of_its_layers_is() -> None:
@@ -220,7 +255,7 @@ def test_bad_statistics_are_not_frozen(name: str, value: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "settings", "message"),
+    ("model", "options", "message"),
     [
         (nn.Linear(2, 2), {}, "has no norm layer at all"),
         (network(), {"pattern": "head.*"}, "no norm layer whose path matches 'head.*' .of 2."),
@@ -228,7 +263,7 @@ def test_bad_statistics_are_not_frozen(name: str, value: float) -> None:
         (paddle.Model(network()), {}, "its network is model.network"),
     ],
 )
-def test_bad_arguments(model: nn.Layer, settings: dict[str, object], message: str) -> None:
+def test_bad_arguments(model: nn.Layer, options: dict[str, object], message: str) -> None:
     with pytest.raises(SurgeryError, match=message.replace("*", r"\*")) as caught:
-        freeze(model, **settings)
+        freeze(model, **options)
     assert "\n" not in str(caught.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import randomize, state_of
 from paddle import nn
+from paddle.distributed.fleet.utils import recompute
 
 import flatwater.paddle as fw
 from flatwater import reference
@@ -150,6 +152,60 @@ def test_independent_branches_share_a_pass() -> None:
         model(paddle.to_tensor(batch))
     for path, inputs in read.items():
         assert_statistics(getattr(model, path), inputs, COMPUTED)
+
+
+class Touchy(Branches):
+    """Does not run on what training would not give it, such as noise."""
+
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        y = super().forward(x)
+        if float(x.abs().max()) > 50 or float(y.abs().max()) > 50:
+            raise ValueError("out of range")
+        return y
+
+
+class Counting(Branches):
+    """Computes something else in each run, which no random number stream explains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.runs = itertools.count()
+
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        return super().forward(x + 1e-6 * next(self.runs))
+
+
+@pytest.mark.parametrize("kind", [Touchy, Counting])
+def test_where_experiments_tell_nothing_a_layer_depends_on_all_before_it(kind: type[Branches]) -> None:
+    model, plain, batches = randomize(kind()), randomize(Branches()), data(3)
+    assert fw.recalibrate(model, batches, in_order=True).passes == 5
+    fw.recalibrate(plain, batches, in_order=True)
+    for name, values in state_of(model).items():
+        # Counting's inputs grow to 2e-5 more than the others'.
+        np.testing.assert_allclose(values, plain.state_dict()[name].numpy(), rtol=1e-4, atol=1e-4)
+
+
+def test_what_stands_between_layers_does_not_matter() -> None:
+    class Wrapped(nn.Layer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.BatchNorm1D(3), nn.BatchNorm1D(3)
+
+        def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+            return recompute(self.second, recompute(self.first, x))
+
+    model, plain = randomize(Wrapped()), randomize(nn.Sequential(nn.BatchNorm1D(3), nn.BatchNorm1D(3)))
+    for options in ({}, {"in_order": True}):
+        fw.recalibrate(model, data(3), **options)
+        fw.recalibrate(plain, data(3), **options)
+        assert [v.tobytes() for v in state_of(model).values()] == [v.tobytes() for v in state_of(plain).values()]
+
+
+def test_float64_models_get_float64_statistics() -> None:
+    model = nn.Sequential(nn.BatchNorm1D(3), fw.BatchNorm1D(3)).to(dtype="float64")
+    batches = [batch.astype("float64") for batch in data(3)]
+    fw.recalibrate(model, batches, in_order=True)
+    assert_statistics(model[0], batches, {"rtol": 1e-14, "atol": 1e-14})
 
 
 def test_a_layer_that_runs_twice_pools_both() -> None:
@@ -430,6 +486,17 @@ def test_the_report_measures_by_what_was_before(capfd: pytest.CaptureFixture[str
     assert table.splitlines()[0].strip() == "1 layers recalibrated; batches per pass: 1, passes: 1"
     assert all(number in table for number in (" 3 ", " 1.5 ", " 0.25 "))
     assert capfd.readouterr() == ("", "")  # no bar where there is no terminal
+
+
+def test_a_terminal_shows_how_far_it_is(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich then takes everything for a terminal
+    fw.recalibrate(two_layers(), data(3), in_order=True)
+    out, err = capfd.readouterr()
+    assert not out
+    assert "recalibrate, pass 2 of 2" in err
+    assert "3/3" in err
+    fw.recalibrate(two_layers(), data(3), progress=False)
+    assert capfd.readouterr() == ("", "")
 
 
 @given(sizes=st.lists(st.integers(0, 40), min_size=1, max_size=8), offset=st.floats(-1e6, 1e6), seed=st.integers(0, 99))

@@ -50,10 +50,10 @@ def recalibrate(
     ``eval()`` divides by, and which Paddle's moving variance follows on the CPU. Momentum plays no part.
 
     What a layer reads depends on how the layers before it normalize. By default all recalibrated layers normalize by
-    the batch, as in training ("precise BN", Wu & Johnson 2021, "Rethinking 'Batch' in BatchNorm", section 3), in one
-    pass over the loader. With ``in_order`` a layer is measured when all that it depends on normalizes by its new
-    statistics: then the statistics are those of what it will read in ``eval()``, whatever the batch size. In both,
-    everything else runs as in ``eval()``: dropout is off, and other norms keep their statistics.
+    the batch, as in training, in one pass over the loader: "precise BN" of Wu & Johnson 2021, "Rethinking 'Batch' in
+    BatchNorm", arXiv:2105.07576. With ``in_order`` a layer is measured when all that it depends on normalizes by its
+    new statistics: then the statistics are those of what it will read in ``eval()``, whatever the batch size. In
+    both, everything else runs as in ``eval()``: dropout is off, and other norms keep their statistics.
 
     ``in_order`` reads the loader once for each stage, in which independent layers (those of parallel branches)
     are measured together: ``report.passes`` says how often, for a chain as often as it has batch norms. Before, it
@@ -274,7 +274,7 @@ def _undisturbed(model: paddle.nn.Layer) -> Iterator[Callable[[], None]]:
     finally:
         rewind()
         for buffer, before in buffers:
-            if not np.array_equal(to_numpy(buffer), to_numpy(before), equal_nan=True):
+            if to_numpy(buffer).tobytes() != to_numpy(before).tobytes():
                 buffer.set_value(before)
 
 
