@@ -34,6 +34,7 @@ from flatwater.paddle.sync import SyncBatchNorm
 from flatwater.paddle.sync_convert import convert_sync_batchnorm, revert_sync_batchnorm
 from flatwater.paddle.verify import verify
 from flatwater.surgery import ChangeReport, FoldReport
+from flatwater.surgery.converted import ConvertReport
 from flatwater.surgery.frozen import FreezeReport, FrozenReport
 from flatwater.surgery.recalibration import RecalibrationReport
 from flatwater.verify import VerifyReport
@@ -46,6 +47,7 @@ __all__ = [
     "BatchNorm3D",
     "ChangeReport",
     "ConvBNLayer",
+    "ConvertReport",
     "ExportReport",
     "FoldReport",
     "FoldedNorm",

@@ -1,63 +1,175 @@
-"""Give a model of Paddle's norm layers Flatwater's, and back.
+"""Give a model of Paddle's norm layers Flatwater's, or norms of another kind, and back.
 
 A layer is converted by exchanging its class: parameters, buffers, hooks, names, mode and whatever
-refers to the layer stay what they are, because it is still the same object.
+refers to the layer stay what they are, because it is still the same object. Optimizers made before go on working.
 """
 
 from __future__ import annotations
 
+import glob
+from fnmatch import fnmatchcase
+from typing import Any, Literal, get_args
+
 import paddle
 
+from flatwater.errors import InputError, SurgeryError
 from flatwater.paddle import layers
+from flatwater.paddle.freeze import _memory_of, freeze, thaw
+from flatwater.paddle.kinds import BATCH_NORMS
 from flatwater.paddle.norm import NormLayer
+from flatwater.paddle.recast import NormKind, is_fused, is_recast, kind_of, recast, restore
 from flatwater.paddle.running import layers_of
-from flatwater.surgery import ChangeReport
+from flatwater.paddle.snapshot import Snapshot
+from flatwater.paddle.sync import SyncBatchNorm
+from flatwater.paddle.sync_convert import revert_sync_batchnorm
+from flatwater.surgery.converted import ConvertReport
 
 __all__ = ["convert", "revert"]
 
 _CLASSES: dict[type, type] = {
     getattr(paddle.nn, name): getattr(layers, name) for name in layers.__all__ if hasattr(paddle.nn, name)
 }
+_STOCK: dict[type, type] = {
+    **{ours: theirs for theirs, ours in _CLASSES.items()},
+    SyncBatchNorm: paddle.nn.SyncBatchNorm,
+}
+# A mark in the layers that convert(model, "frozen") froze, so that revert() thaws those and no others.
+_FROZEN = "_flatwater_frozen_by_convert"
 
 
-def convert(model: paddle.nn.Layer) -> ChangeReport:
-    """Let every stock norm layer of ``model`` compute with Flatwater's kernels, in place.
+def convert(
+    model: paddle.nn.Layer,
+    to: NormKind | Literal["frozen"] | None = None,
+    *,
+    pattern: str | None = None,
+    groups: int | None = None,
+) -> ConvertReport:
+    """Let the norm layers of ``model`` compute with Flatwater's kernels, or make them another kind of norm, in place.
+
+    γ and β are the same parameters in every kind. Group and instance norm have no place for moving statistics; they
+    are kept aside in the layer, from where :func:`revert`, or converting to batch norm, takes them again. A layer that
+    never had any begins with mean 0 and variance 1.
 
     Layers of a subclass that somebody else wrote are left, for their ``forward`` may do more.
 
+    Args:
+        to: None keeps the kind of each layer and changes stock classes to ours. ``"batch_norm"``,
+            ``"sync_batch_norm"``, ``"group_norm"`` and ``"instance_norm"`` change what is of another kind;
+            ``"frozen"`` makes batch norms that are frozen, see :func:`~flatwater.paddle.freeze`.
+        pattern: a glob that a layer's path must match (``"backbone.*"``); None for every norm layer.
+        groups: of group norm; None for 32, or the largest power of two below that divides the channels.
+
+    Returns:
+        What was changed, what could not be held, and why other norm layers were left.
+
     Raises:
-        SurgeryError: ``model`` is not a ``paddle.nn.Layer``.
+        SurgeryError: ``model`` is not a ``paddle.nn.Layer``, or no norm layer matches ``pattern``.
+        InputError: an unknown kind, or ``groups`` that no kind but group norm takes, or below 1.
+        StatisticsError: statistics to freeze that are NaN, infinite or negative; nothing was changed.
     """
-    report = ChangeReport()
-    for path, layer in layers_of(model):
-        if type(layer) in _CLASSES:
-            layer.__class__ = _CLASSES[type(layer)]
+    kinds = (*get_args(NormKind), "frozen")
+    if to is not None and to not in kinds:
+        raise InputError(f"to={to!r} is no kind of norm; use None or one of {', '.join(kinds)}")
+    if groups is not None and (to != "group_norm" or groups < 1):
+        raise InputError(f"groups={groups} with to={to!r}: it is a positive number of groups, for group_norm only")
+    report = ConvertReport()
+    norms = _norms(model, pattern)
+    whole = Snapshot(layer for _, layer in norms)
+    try:
+        for path, layer in norms:
+            before = Snapshot([layer])
+            try:
+                note = _convert(model, path, layer, to, groups)
+            except SurgeryError as error:
+                before.restore()
+                report.left[path] = str(error)
+                continue
             report.changed.append(path)
-        elif isinstance(layer, NormLayer):
-            report.left[path] = "is Flatwater's already"
-        elif isinstance(layer, paddle.nn.SyncBatchNorm):
-            report.left[path] = "SyncBatchNorm shares statistics between ranks; use fw.convert_sync_batchnorm(model)"
-        elif isinstance(layer, tuple(_CLASSES)):
-            report.left[path] = f"{type(layer).__name__} is a subclass with a forward of its own"
+            if note:
+                report.notes[path] = note
+    except BaseException:
+        whole.restore()
+        raise
     return report
 
 
-def revert(model: paddle.nn.Layer) -> ChangeReport:
-    """The way back: stock classes again, so that the model no longer needs Flatwater.
+def revert(model: paddle.nn.Layer, *, pattern: str | None = None) -> ConvertReport:
+    """The way back: the kinds and stock classes that the layers were of, so that the model no longer needs Flatwater.
 
-    A layer that fuses an activation has no stock equal and is left; ``BatchNorm`` keeps its activation, for
-    Paddle's class of that name has one too. Stock layers pass single values through, whatever was set here.
+    Moving statistics that were kept aside are in their places again, bit for bit. A layer that fuses an activation has
+    no stock equal and is left; ``BatchNorm`` keeps its activation, for Paddle's class of that name has one too. Stock
+    layers pass single values through, whatever was set here. What :func:`~flatwater.paddle.freeze` froze stays frozen.
+
+    Raises:
+        SurgeryError: ``model`` is not a ``paddle.nn.Layer``, or no norm layer matches ``pattern``.
     """
-    stock = {ours: theirs for theirs, ours in _CLASSES.items()}
-    report = ChangeReport()
-    for path, layer in layers_of(model):
-        if type(layer) not in stock:
-            continue
-        if layer._act and stock[type(layer)] is not paddle.nn.BatchNorm:
-            report.left[path] = (
-                f"act={layer._act!r} is fused into it; paddle.nn.{type(layer).__name__} has no activation"
-            )
-            continue
-        layer.__class__ = stock[type(layer)]
-        report.changed.append(path)
+    report = ConvertReport()
+    for path, layer in _norms(model, pattern):
+        before = type(layer)
+        thawed = vars(layer).pop(_FROZEN, False) and bool(thaw(layer).changed)
+        if is_recast(layer) or isinstance(layer, SyncBatchNorm):
+            if _memory_of(layer) is not None:
+                report.left[path] = f"this {before.__name__} is frozen; thaw it first"
+                continue
+            restore(layer)
+            revert_sync_batchnorm(layer)
+        stock: Any = _STOCK.get(type(layer))
+        if stock is not None and layer._act and stock is not paddle.nn.BatchNorm:
+            report.left[path] = f"act={layer._act!r} is fused into it; paddle.nn.{stock.__name__} has no activation"
+        elif stock is not None:
+            vars(layer).pop("_accepted", None)
+            layer.__class__ = stock
+        if thawed or type(layer) is not before:
+            report.changed.append(path)
     return report
+
+
+def _norms(model: paddle.nn.Layer, pattern: str | None) -> list[tuple[str, Any]]:
+    norms = [(path, layer) for path, layer in layers_of(model) if kind_of(layer) is not None]
+    matching = [(path, layer) for path, layer in norms if pattern is None or fnmatchcase(path, pattern)]
+    if pattern is not None and not matching:
+        raise SurgeryError(
+            f"no norm layer (of {len(norms)}) has a path that matches {pattern!r}; see model.named_sublayers()"
+        )
+    return matching
+
+
+def _convert(
+    model: paddle.nn.Layer, path: str, layer: Any, to: NormKind | Literal["frozen"] | None, groups: int | None
+) -> str | None:
+    """Convert one layer; returns what it could not hold. Raises SurgeryError to say why it is left."""
+    if to is None:
+        _make_ours(layer)
+        return None
+    if to == "frozen":
+        _freeze(model, path, layer)
+        return None
+    if kind_of(layer) == to and (groups is None or layer._num_groups == groups):
+        raise SurgeryError(f"is {to} already")
+    return recast(layer, to, groups=groups)
+
+
+def _make_ours(layer: Any) -> None:
+    name = type(layer).__name__
+    if isinstance(layer, NormLayer):
+        raise SurgeryError("is Flatwater's already")
+    if isinstance(layer, paddle.nn.SyncBatchNorm):
+        raise SurgeryError("SyncBatchNorm shares statistics between ranks; use fw.convert_sync_batchnorm(model)")
+    if isinstance(layer, paddle.nn.LayerNorm):
+        raise SurgeryError("LayerNorm normalizes over features; Flatwater has no kernel for it")
+    if type(layer) not in _CLASSES:
+        raise SurgeryError(f"{name} is a subclass with a forward of its own")
+    if not is_fused(getattr(layer, "_act", None)):
+        raise SurgeryError(f"its activation {layer._act!r} is not one that is fused")
+    layer.__class__ = _CLASSES[type(layer)]
+
+
+def _freeze(model: paddle.nn.Layer, path: str, layer: Any) -> None:
+    if _memory_of(layer) is None:
+        restore(layer)
+    if not isinstance(layer, BATCH_NORMS):
+        raise SurgeryError(f"a {type(layer).__name__} has no moving statistics to freeze")
+    report = freeze(model, pattern=glob.escape(path))
+    if report.left:
+        raise SurgeryError(report.left[path])
+    vars(layer)[_FROZEN] = True

@@ -1,0 +1,64 @@
+"""Norm layers as they are now, so that what fails halfway can be undone to the last bit."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import paddle
+
+from flatwater.paddle.running import to_numpy
+
+__all__ = ["Snapshot"]
+
+
+class _Saved(NamedTuple):
+    layer: Any
+    kind: type
+    attributes: dict[str, Any]
+    parameters: dict[str, Any]
+
+
+class _SavedParameter(NamedTuple):
+    parameter: Any
+    values: paddle.Tensor
+    grad: paddle.Tensor | None
+    stop_gradient: bool
+    attributes: dict[str, Any]
+
+
+class Snapshot:
+    """Classes, attributes, and the parameters' identity, values, gradients and settings of these layers."""
+
+    def __init__(self, layers: Iterable[paddle.nn.Layer]) -> None:
+        self._layers = [_Saved(layer, type(layer), _copied(vars(layer)), dict(layer._parameters)) for layer in layers]
+        found = {id(one): one for saved in self._layers for one in saved.parameters.values() if one is not None}
+        self._parameters = [
+            _SavedParameter(one, one.detach().clone(), one.grad, one.stop_gradient, _copied(vars(one)))
+            for one in found.values()
+        ]
+
+    def restore(self) -> None:
+        """Make everything what it was. Parameters are the same objects."""
+        for layer, kind, attributes, parameters in self._layers:
+            layer.__class__ = kind
+            vars(layer).clear()
+            vars(layer).update(attributes)
+            layer._parameters.clear()
+            layer._parameters.update(parameters)
+        for parameter, values, grad, stop_gradient, attributes in self._parameters:
+            vars(parameter).clear()
+            vars(parameter).update(attributes)
+            parameter.stop_gradient = stop_gradient
+            if to_numpy(parameter).tobytes() != to_numpy(values).tobytes():
+                parameter.set_value(values)
+            if grad is not None and parameter.grad is None:
+                parameter.grad = grad
+
+
+def _copied(attributes: dict[str, Any]) -> dict[str, Any]:
+    """Only what Flatwater remembers in a layer is changed in place; everything else is replaced."""
+    return {
+        name: copy.deepcopy(value) if name.startswith("_flatwater_") else value for name, value in attributes.items()
+    }
