@@ -33,7 +33,7 @@ ROOMS = {
     "paddle": FOUNDATION | {"kernels", "surgery", "verify", "policy", "advice"},
     "recipes": FOUNDATION | {"kernels", "paddle", "surgery", "verify", "host", "policy", "lined", "settings"},
     "cli": {"errors", "host", "paddle", "recipes"},
-    "__init__": FOUNDATION,
+    "__init__": FOUNDATION | {"host"},
     "__main__": {"cli"},
 }
 FRAMEWORK_ROOMS = {"paddle", "recipes"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -35,8 +37,26 @@ def test_help_imports_no_framework() -> None:
 def test_host_names_every_setting() -> None:
     result = run("host", COLUMNS="160")
     assert result.returncode == 0
-    for setting in host.settings():
-        assert setting.variable in result.stdout
+    for decision in host.decisions():
+        assert decision.variable in result.stdout
+
+
+def test_host_says_the_same_to_a_machine() -> None:
+    result = run("host", "--json", OMP_NUM_THREADS="7")
+    assert result.returncode == 0
+    found = json.loads(result.stdout)
+    assert found["host"] == dataclasses.asdict(host.Host.look())
+    settings = {setting["variable"]: setting for setting in found["settings"]}
+    assert list(settings) == [decision.variable for decision in host.decisions()]
+    assert settings["OMP_NUM_THREADS"]["present"] == "7"
+
+
+def test_run_says_what_it_found_and_set_and_why() -> None:
+    result = run("run", "--", sys.executable, "-c", "pass", OMP_NUM_THREADS="7")
+    assert "OMP_NUM_THREADS" not in result.stderr, "the user's"
+    said = result.stderr.splitlines()
+    assert "processors" in said[0]
+    assert len(said) == 1 + len(host.missing(os.environ | {"OMP_NUM_THREADS": "7"}))
 
 
 def test_run_passes_the_commands_own_options_and_exit_code_through() -> None:

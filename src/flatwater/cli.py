@@ -8,6 +8,7 @@ needs them, so that ``--help`` answers at once.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import click
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -92,22 +94,50 @@ def flatwater_command() -> None:
 
 
 @flatwater_command.command("host")
-def host_command() -> None:
-    """Print what this host needs to train fast, and what is already set."""
-    table = Table("variable", "value", "state", "why")
-    for setting in host.settings():
-        present = os.environ.get(setting.variable)
-        state = "not set" if present is None else "set" if present == setting.value else f"yours: {present}"
-        table.add_row(setting.variable, setting.value, state, setting.reason)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of tables.")
+def host_command(as_json: bool) -> None:
+    """Print what this host is, what it needs to train fast, and what of that is set; changes nothing."""
+    found = host.Host.look()
+    decisions = [
+        {**decision._asdict(), "present": os.environ.get(decision.variable)} for decision in host.decisions(found)
+    ]
+    if as_json:
+        print(json.dumps({"host": dataclasses.asdict(found), "settings": decisions}, ensure_ascii=False))
+        return
     console = Console()
+    console.print(f"[bold]Found[/] {_describe(found)}", highlight=False)
+    table = Table("variable", "value", "state", "why", box=box.SIMPLE_HEAD, pad_edge=False)
+    for decision in decisions:
+        value, present = decision["value"], decision["present"]
+        state = "not needed" if value is None else "not set"
+        if present is not None:
+            state = "set" if present == value else f"yours: {present}"
+        table.add_row(decision["variable"], value or "–", state, decision["reason"])
     console.print(table)
-    console.print("`flatwater run -- COMMAND` runs a command with these; what you have set yourself is kept.")
+    console.print(
+        "flatwater run -- COMMAND runs a command with what is not set; what you have set yourself is kept.",
+        highlight=False,
+    )
+
+
+def _describe(found: host.Host) -> str:
+    """In one line."""
+    many = f"{found.processors} processor{'s' * (found.processors > 1)}"
+    limited = f" of {found.bound_to}" if found.processors < found.bound_to else ""
+    shared = f" on {found.cores} cores" if found.cores < found.bound_to else ""
+    memory = f"{found.memory / 2**30:.0f} GiB of memory" if found.memory else "memory unknown"
+    return (
+        f"{many}{limited}{shared} ({found.vendor or 'vendor unknown'}{', AVX2' if found.avx2 else ''}), {memory}, "
+        f"{found.allocator or found.libc or 'another C library'}'s malloc, "
+        f"{'an MKL of 2019' if found.mkl else 'no old MKL'}"
+    )
 
 
 @flatwater_command.command("run", context_settings={"ignore_unknown_options": True})
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 def run_command(command: tuple[str, ...]) -> None:
     """Run COMMAND in the environment this host needs: flatwater run -- python train.py."""
+    _complain(f"found {_describe(host.Host.look())}")
     for setting in host.missing(os.environ):
         _complain(f"{setting.variable}={setting.value} ({setting.reason})")
     host.launch(command)

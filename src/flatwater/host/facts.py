@@ -1,0 +1,164 @@
+"""What there is: processors, limits, C library, allocator, MKL."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import platform
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["Host", "cpus_of", "old_mkl"]
+
+_ALLOCATORS = ("jemalloc", "mimalloc", "snmalloc", "tbbmalloc", "tcmalloc")
+
+
+@dataclass(frozen=True)
+class Host:
+    """What was found out about the machine, and about what this process may use of it.
+
+    Attributes:
+        vendor: of the processor, as ``/proc/cpuinfo`` has it: ``"AuthenticAMD"``; empty where unknown.
+        avx2: whether the processor has AVX2.
+        processors: how many this process may use: those it is bound to, within the limits of its control groups.
+        bound_to: how many it is bound to.
+        cores: how many cores these are; fewer than processors where cores are shared (hyper-threading).
+        memory: bytes that this process may use, by the machine and its control groups; 0 where unknown.
+        libc: the C library: ``"glibc"``, else what :func:`platform.libc_ver` says of it.
+        allocator: the preloaded library that replaces its ``malloc``, empty if there is none.
+        mkl: the file of an MKL that reads MKL_DEBUG_CPU_TYPE, empty if there is none.
+    """
+
+    vendor: str = ""
+    avx2: bool = False
+    processors: int = 1
+    bound_to: int = 1
+    cores: int = 1
+    memory: int = 0
+    libc: str = ""
+    allocator: str = ""
+    mkl: str = ""
+
+    @classmethod
+    def look(cls, root: Path = Path("/"), environment: Mapping[str, str] = os.environ) -> Host:
+        """Find out about this host, from the files below ``root``, which tests replace."""
+        cpuinfo = _text(root / "proc/cpuinfo")
+        affinity = getattr(os, "sched_getaffinity", None)
+        bound = frozenset(affinity(0)) if affinity else frozenset(range(os.cpu_count() or 1))
+        return cls(
+            vendor=_field(cpuinfo, "vendor_id"),
+            avx2="avx2" in _field(cpuinfo, "flags").split(),
+            processors=min([len(bound), *_cpu_limits(root)]),
+            bound_to=len(bound),
+            cores=_cores(root, bound),
+            memory=min([limit for limit in (_memory_total(root), *_memory_limits(root)) if limit], default=0),
+            libc=platform.libc_ver()[0],
+            allocator=_allocator(root, environment),
+            mkl=old_mkl(),
+        )
+
+
+def old_mkl() -> str:
+    """The MKL of Paddle's CPU wheel, found without importing Paddle.
+
+    It is MKLML, whose last release is from 2019; MKL ignores MKL_DEBUG_CPU_TYPE since its version 2020.1.
+    """
+    paddle = importlib.util.find_spec("paddle")
+    for folder in (paddle.submodule_search_locations or ()) if paddle else ():
+        library = Path(folder, "libs", "libmklml_intel.so")
+        if library.exists():
+            return str(library)
+    return ""
+
+
+def cpus_of(text: str) -> frozenset[int]:
+    """The numbers in a list of processors as the kernel writes it: ``"0-2,5"`` is 0, 1, 2, 5.
+
+    Raises:
+        ValueError: it is no such list.
+    """
+    found: set[int] = set()
+    for part in filter(None, text.strip().split(",")):
+        first, _, last = part.partition("-")
+        found.update(range(int(first), int(last or first) + 1))
+    return frozenset(found)
+
+
+def _cores(root: Path, bound: frozenset[int]) -> int:
+    """How many cores the processors are; one each where the kernel does not say."""
+    topology = root / "sys/devices/system/cpu"
+    siblings = {cpu: _text(topology / f"cpu{cpu}/topology/thread_siblings_list") for cpu in bound}
+    return len({cpus_of(text) if text else frozenset([cpu]) for cpu, text in siblings.items()})
+
+
+def _cpu_limits(root: Path) -> Iterator[int]:
+    """In processors, of the control groups that this process is in, rounded up; version 2 and version 1."""
+    for folder in _groups(root, ""):
+        share, _, period = _text(folder / "cpu.max").partition(" ")  # "max 100000", or microseconds per period
+        yield from _quota(share, period)
+    for folder in _groups(root, "cpu"):
+        yield from _quota(_text(folder / "cpu.cfs_quota_us"), _text(folder / "cpu.cfs_period_us"))
+
+
+def _quota(share: str, period: str) -> Iterator[int]:
+    if share.isdigit() and period.isdigit() and int(period):  # no limit is "max", or -1
+        yield max(1, math.ceil(int(share) / int(period)))
+
+
+def _memory_limits(root: Path) -> Iterator[int]:
+    for controller, name in (("", "memory.max"), ("memory", "memory.limit_in_bytes")):
+        for folder in _groups(root, controller):
+            limit = _text(folder / name)
+            if limit.isdigit():
+                yield int(limit)
+
+
+def _groups(root: Path, controller: str) -> Iterator[Path]:
+    """The control groups of this process under a controller of version 1, or under version 2 (""), upwards.
+
+    Inside a container the path in ``/proc/self/cgroup`` may be the host's, which is not mounted; its end, the
+    root of what is mounted, is.
+    """
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        number, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if controller not in controllers.split(",") or (not controller and number != "0"):
+            continue
+        mounts = ["", "unified"] if not controller else [controller, controllers]
+        for mount in dict.fromkeys(mounts):
+            folder = root / "sys/fs/cgroup" / mount
+            inside = folder / path.lstrip("/")
+            yield from dict.fromkeys([inside, *(above for above in inside.parents if above.is_relative_to(folder))])
+
+
+def _memory_total(root: Path) -> int:
+    size = _field(_text(root / "proc/meminfo"), "MemTotal").partition(" ")[0]
+    return int(size) * 1024 if size.isdigit() else 0
+
+
+def _allocator(root: Path, environment: Mapping[str, str]) -> str:
+    """The first preloaded library that is known to bring a malloc of its own."""
+    preloaded = f"{environment.get('LD_PRELOAD', '')} {_text(root / 'etc/ld.so.preload')}"
+    for library in preloaded.replace(":", " ").split():
+        if any(name in Path(library).name for name in _ALLOCATORS):
+            return library
+    return ""
+
+
+def _field(text: str, name: str) -> str:
+    """What stands behind ``name :`` in the first line that begins so."""
+    for line in text.splitlines():
+        key, colon, value = line.partition(":")
+        if colon and key.strip() == name:
+            return value.strip()
+    return ""
+
+
+def _text(path: Path) -> str:
+    """What the file holds, without white space around it; nothing where it is not there or not to be read."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return ""
