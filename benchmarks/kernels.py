@@ -12,7 +12,8 @@ residual, none         7        3.5
 residual, activation   8        4.0
 =====================  =======  ======
 
-A copy is the faster of one ``memcpy`` and one per thread, timed in the same rounds. All memory is warm and begins at a
+A copy is the fastest of x into y and dy into dx, each as one ``memcpy`` and as one per thread, timed in the same rounds:
+how two tensors' pages lie to each other can make a copy slower by half. All memory is warm and begins at a
 multiple of 64 bytes, as a framework's tensors do; NumPy promises 16, off which no kernel can stream its stores.
 """
 
@@ -22,6 +23,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -134,19 +136,20 @@ class Tensors:
 
         return both
 
-    def copy(self) -> None:
-        """Copy x into y, in one piece."""
-        np.copyto(self.arrays["y"], self.arrays["x"])
+    def copies(self, threads: ThreadPoolExecutor) -> dict[str, Callable[[], None]]:
+        """Ways to copy a tensor: between two pairs of them, in one piece and in a piece for each thread."""
+        found: dict[str, Callable[[], None]] = {}
+        for source, target in (("x", "y"), ("dy", "dx")):
+            whole = self.arrays[target], self.arrays[source]
+            pieces = [np.array_split(array.reshape(-1), kernels.threads()) for array in whole]
+            found[f"copy {source}"] = partial(np.copyto, *whole)
+            found[f"copy {source} in pieces"] = partial(_copy_pieces, threads, *pieces)
+        return found
 
-    def copy_in_pieces(self, threads: ThreadPoolExecutor) -> Callable[[], None]:
-        """Copy x into y, a piece for each thread."""
-        target, source = (np.array_split(self.arrays[name].reshape(-1), kernels.threads()) for name in ("y", "x"))
 
-        def pieces() -> None:
-            for _ in threads.map(np.copyto, target, source):
-                pass
-
-        return pieces
+def _copy_pieces(threads: ThreadPoolExecutor, targets: list[npt.NDArray[Any]], sources: list[npt.NDArray[Any]]) -> None:
+    for _ in threads.map(np.copyto, targets, sources):
+        pass
 
 
 def measure(
@@ -187,14 +190,15 @@ def _measure(
     case: Case, layout: str, variants: list[tuple[Activation, bool]], count: int, threads: ThreadPoolExecutor
 ) -> list[Row]:
     tensors = Tensors(case.shape, layout)
-    contenders = {"copy": tensors.copy, "copy in pieces": tensors.copy_in_pieces(threads)}
+    ways = tensors.copies(threads)
+    contenders = dict(ways)
     for activation, residual in variants:
         contenders[f"{activation} {residual}"] = tensors.step(activation, residual=residual)
     half = case.size == "large" and ("relu", False) in variants
     if half:
         contenders["bfloat16"] = Tensors(case.shape, layout, "bfloat16").step("relu", residual=False)
     times = rounds({name: timer(step) for name, step in contenders.items()}, count)
-    copy = np.minimum(times["copy"], times["copy in pieces"])
+    copy = np.min([times[way] for way in ways], axis=0)
 
     def row(activation: Activation, residual: bool, dtype: str, kernel: Any, yardstick: Any) -> Row:
         amount = copies(activation, residual=residual)
