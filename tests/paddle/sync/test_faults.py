@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -50,7 +51,8 @@ def test_ranks_at_different_things_learn_what_the_other_is_at(
 def test_a_missing_rank_is_given_up_when_the_user_says(seen: Seen) -> None:
     report = seen["missing_rank"][1]
     assert report["kind"] == "DistributedError"
-    assert "a rank did not come, after 1.5 s of timeout=2 s" in report["text"]
+    # A quarter of the time is kept for asking the others; a busy machine may be a little late.
+    assert re.search(r"a rank did not come, after (1\.[5-9]|2\.\d) s of timeout=2 s", report["text"]), report["text"]
     assert "rank 3 says nothing: it died, or is not in a SyncBatchNorm" in report["text"]
     assert seen["missing_rank"][3]["kind"] == "none"
 
