@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module, util
+from importlib import util
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,10 @@ import click
 from rich.console import Console, RenderableType
 
 from benchmarks import accuracy, kernels, layers, machine, memory, report, shapes
+from benchmarks import host as host_steps
 from flatwater import host
 
 __all__: list[str] = []
-
-PARTS = ("kernels", "layers", "memory", "accuracy", "host")
 
 NORMS = ("none", "relu", "hardswish", "group", "instance")
 
@@ -87,16 +86,22 @@ def run_accuracy(options: Options) -> dict[str, Any]:
     return accuracy.measure(torch=options.torch, quick=options.quick)
 
 
+def run_host(options: Options) -> dict[str, Any]:
+    """Whole training steps, untuned and tuned."""
+    return host_steps.measure(count=3 if options.quick else 7, progress=options.progress)
+
+
 MEASURES: dict[str, tuple[Callable[[Options], dict[str, Any]], Callable[[Any], list[RenderableType]]]] = {
     "kernels": (run_kernels, report.kernels),
     "layers": (run_layers, report.layers),
     "memory": (run_memory, report.memory),
     "accuracy": (run_accuracy, report.accuracy),
+    "host": (run_host, report.host),
 }
 
 
 @click.command("benchmarks", context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("parts", nargs=-1, type=click.Choice([*PARTS, "all"]), metavar=f"[{'|'.join(PARTS)}|all]...")
+@click.argument("parts", nargs=-1, type=click.Choice([*MEASURES, "all"]), metavar=f"[{'|'.join(MEASURES)}|all]...")
 @click.option("--quick", is_flag=True, help="Six shapes, fewer rounds and draws: a first look, no result.")
 @click.option("--model", "models", multiple=True, type=click.Choice([*shapes.MODELS]), help="Only its shapes.")
 @click.option("--layout", "layouts", multiple=True, type=click.Choice(shapes.LAYOUTS), help="Only this layout.")
@@ -141,11 +146,7 @@ def command(
             rounds=rounds or (3 if quick else 9),
             progress=status.update,
         )
-        for part in PARTS if not parts or "all" in parts else dict.fromkeys(parts):
-            if part == "host":
-                status.stop()
-                import_module("benchmarks.host").main()
-                continue
+        for part in MEASURES if not parts or "all" in parts else dict.fromkeys(parts):
             measure, tables = MEASURES[part]
             document["parts"][part] = result = measure(options)
             for table in tables(result):

@@ -12,7 +12,7 @@ residual, none         7        3.5
 residual, activation   8        4.0
 =====================  =======  ======
 
-A copy is the fastest of x into y and dy into dx, each as one ``memcpy`` and as one per thread, timed in the same rounds:
+A copy is the fastest of x into y and dy into dx, in one ``memcpy`` and in one per thread, timed in the same rounds:
 how two tensors' pages lie to each other can make a copy slower by half. All memory is warm and begins at a
 multiple of 64 bytes, as a framework's tensors do; NumPy promises 16, off which no kernel can stream its stores.
 """

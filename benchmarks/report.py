@@ -10,10 +10,11 @@ from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from benchmarks.host import GOAL
 from benchmarks.kernels import LIMITS
 from benchmarks.timing import QUIET, geometric_mean
 
-__all__ = ["accuracy", "kernels", "layers", "memory"]
+__all__ = ["accuracy", "host", "kernels", "layers", "memory"]
 
 Result = Mapping[str, Any]
 
@@ -192,6 +193,19 @@ def accuracy(result: Result) -> list[RenderableType]:
 
 
 # --- Cells -------------------------------------------------------------------------------------------
+
+
+def host(result: Result) -> list[RenderableType]:
+    """One table: milliseconds of a training step, and the two ratios."""
+    table = _table("Training steps of whole networks, and how many times as fast as untuned Paddle's", "network")
+    for heading in ("untuned\nms", "flatwater\nrun, ms", "with our\nlayers, ms", "flatwater\nrun", "with our\nlayers"):
+        _right(table, heading)
+    for row in result["rows"]:
+        times = [f"{row[name]['median']:.0f}" for name in ("default", "tuned", "flatwater")]
+        tuned = _mark(f"{row['tuned_speedup']['median']:.2f}", missed=not row["holds"])
+        table.add_row(row["model"], *times, tuned, f"{row['flatwater_speedup']['median']:.2f}")
+    table.caption = f"the goal of flatwater run alone is {GOAL:g}\n{_busy(result)}"
+    return _pages(table)
 
 
 def _table(title: str, *headings: str) -> Table:
