@@ -41,7 +41,10 @@ class SyncBatchNorm(_BatchNorm, paddle.nn.SyncBatchNorm):
 
     Faults: every rank has to run the same layers in the same order, in both directions. A rank that died, that
     stays away for longer than ``timeout``, or that comes with another layer, channel count or running mean, ends
-    the others' calls with a DistributedError. (Gloo's own 30 s do not bind a longer ``timeout``.)
+    the others' calls with a DistributedError that says what each rank was at, within ``timeout`` or, where gloo
+    itself reports a lost connection, seconds after that. (Gloo's own patience of 30 s neither binds a longer
+    ``timeout`` nor lengthens a shorter one.) From a backward pass, Paddle raises an OSError with that text in it.
+    Layers are told apart by their names, ``layer.full_name()``: build them in the same order on every rank.
 
     Args:
         num_features: channels.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -133,7 +134,15 @@ def converted(rank: int, world: int) -> dict[str, np.ndarray]:
     step()
     norms = [model[1], model[3]]
     found |= {f"own {i} {key}": getattr(norm, key).numpy() for i, norm in enumerate(norms) for key in MOVING}
+    twin = paddle.Model(copy.deepcopy(model))
+    twin.network.set_state_dict(model.state_dict())  # paddle.Model has given it those of rank 0
     assert fw.average_statistics(model).changed == ["1", "3"]
+    callback = fw.AverageStatistics()
+    callback.set_model(twin)
+    callback.on_eval_begin()
+    for norm, same in ((norms[0], twin.network[1]), (norms[1], twin.network[3])):
+        for key in MOVING:
+            np.testing.assert_array_equal(getattr(same, key).numpy(), getattr(norm, key).numpy())
     found |= {f"averaged {i} {key}": getattr(norm, key).numpy() for i, norm in enumerate(norms) for key in MOVING}
     fw.convert_sync_batchnorm(model)
     step()
