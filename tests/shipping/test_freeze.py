@@ -222,6 +222,8 @@ def test_the_report_says_what_moved_and_by_how_much() -> None:
     moved[2] += 0.5
     model[1].weight.set_value(moved)
     model[3]._mean[0] = float("nan")
+    model[1]._use_global_stats = None
+    assert freeze(model, pattern="1").changed == ["1"]  # which takes no new copies
     model[3].bias.stop_gradient = False
     model[1]._use_global_stats = None
 

@@ -21,6 +21,8 @@ from paddle.distributed.fleet.utils import recompute
 import flatwater.paddle as fw
 from flatwater import reference
 from flatwater.errors import InputError, SingleValueError, StatisticsError, SurgeryError
+from flatwater.paddle.influence import closure, stages
+from flatwater.paddle.population import _moments_by_operators
 from flatwater.surgery.recalibration import Pool
 
 # Paddle's BatchNorm2D says in every training step that it tracks statistics.
@@ -183,6 +185,44 @@ def test_where_experiments_tell_nothing_a_layer_depends_on_all_before_it(kind: t
     for name, values in state_of(model).items():
         # Counting's inputs grow to 2e-5 more than the others'.
         np.testing.assert_allclose(values, plain.state_dict()[name].numpy(), rtol=1e-4, atol=1e-4)
+
+
+def test_layers_in_a_ring_are_measured_together() -> None:
+    ring = np.zeros((5, 5), np.bool_)
+    for one, other in ((0, 1), (1, 2), (2, 3), (3, 1), (3, 4)):
+        ring[one, other] = True
+    reached = closure(ring)
+    assert reached.sum(axis=1).tolist() == [4, 4, 4, 4, 0]
+    assert stages(reached) == [[0], [1, 2, 3], [4]]
+
+
+def test_each_pass_draws_the_same() -> None:
+    class Augmenting:
+        def __init__(self) -> None:
+            self.drawn: list[list[float]] = []
+
+        def __iter__(self) -> Iterator[paddle.Tensor]:
+            self.drawn.append([])
+            for batch in data(3):
+                numbers = np.random.normal(), random.random(), paddle.randn([1]).item()  # noqa: NPY002
+                self.drawn[-1] += numbers
+                yield paddle.to_tensor(batch + np.float32(sum(numbers)))
+
+    loader = Augmenting()
+    fw.recalibrate(two_layers(), loader, in_order=True)
+    first, *later = loader.drawn[1:]  # without the look at the first batch
+    assert later == [first]
+
+
+@pytest.mark.parametrize("axis", [1, -1])
+@pytest.mark.parametrize("samples", [0, 5])
+def test_other_devices_than_the_cpu_measure_by_operators(axis: int, samples: int) -> None:
+    x = data(4, 6, sizes=(samples,))[0]
+    mean, m2 = _moments_by_operators(paddle.to_tensor(x), axis)
+    expected = reference.batch_statistics(x, axis=axis)
+    # float64: one sum over 30 values
+    np.testing.assert_allclose(mean, expected.mean, rtol=1e-14)
+    np.testing.assert_allclose(m2, expected.variance * expected.count, rtol=1e-13)
 
 
 def test_what_stands_between_layers_does_not_matter() -> None:
@@ -463,13 +503,27 @@ def test_a_loader_that_gives_less_the_second_time() -> None:
 @pytest.mark.parametrize("in_order", [False, True])
 def test_statistics_that_were_nan_are_made_whole(in_order: bool) -> None:
     model, sound = two_layers(), two_layers()
-    model[0]._mean[1] = model[3]._variance[2] = float("nan")
+    model[0]._mean[1] = float("nan")
+    model[3]._variance.set_value(np.full(3, np.nan, "float32"))
     report = fw.recalibrate(model, data(3), in_order=in_order)
     fw.recalibrate(sound, data(3), in_order=in_order)
     assert same_bits(state_of(model), state_of(sound))
     as_dict = json.loads(json.dumps(report.as_dict(), allow_nan=False))
     assert as_dict["layers"][0]["mean_shift"] == [None, None]
     assert as_dict["layers"][1]["variance_ratio"] == [None, None]
+
+
+def test_layers_that_hide_all_before_them_do_not_hide_the_order() -> None:
+    def chain() -> nn.Layer:
+        return randomize(nn.Sequential(*[nn.BatchNorm1D(3) for _ in range(4)]))
+
+    model, sound = chain(), chain()
+    for layer in (model[1], model[2]):
+        layer._mean.set_value(np.full(3, np.nan, "float32"))
+    for one in (model, sound):
+        one[3].weight.set_value(np.zeros(3, "float32"))
+        assert fw.recalibrate(one, data(3), in_order=True).passes == 4
+    assert same_bits(state_of(model), state_of(sound))
 
 
 def test_the_report_measures_by_what_was_before(capfd: pytest.CaptureFixture[str]) -> None:

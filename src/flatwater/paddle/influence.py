@@ -29,7 +29,8 @@ def influences(layers: Mapping[str, Any], run: Callable[[], object]) -> Matrix:
     Where that cannot be told, because two runs differ by themselves or the model does not run on noise, a layer
     counts as depending on all that ran before it. That takes as many runs as there are layers, and two.
 
-    A layer that ``run`` does not reach counts as depending on all that it does reach.
+    A layer that ``run`` does not reach counts as depending on all that it does reach. Where statistics that are NaN
+    or weights that are 0 hide an influence, the layers between still show theirs: take the :func:`closure`.
     """
     paths = list(layers)
     clean = _digests(layers, run)
@@ -47,7 +48,7 @@ def influences(layers: Mapping[str, Any], run: Callable[[], object]) -> Matrix:
                 matrix[i, j] = place[path] < place[other]
             else:
                 matrix[i, j] = noisy.get(other) != clean[other]
-    return closure(matrix)
+    return matrix
 
 
 def closure(matrix: Matrix) -> Matrix:
@@ -62,7 +63,7 @@ def stages(reached: Matrix) -> list[list[int]]:
     """The layers in as few groups as possible, each of which depends on earlier groups only, or on itself.
 
     Args:
-        reached: a matrix as of :func:`influences`, closed over steps.
+        reached: the :func:`closure` of a matrix as of :func:`influences`.
     """
     before = reached & ~reached.T  # without the cycles of layers that run several times
     done = np.zeros(len(before), np.bool_)

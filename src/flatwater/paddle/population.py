@@ -88,15 +88,20 @@ def _moments(x: paddle.Tensor, axis: int) -> tuple[int, Statistics, Statistics]:
     shape = list(x.shape)
     channels = shape.pop(axis)
     count = prod(shape)
-    if x.place.is_cpu_place():
-        dense = x.detach().contiguous()
-        mean, m2 = np.zeros((2, channels))
-        view = (shape[0], channels, prod(shape[1:]))
-        kernels.batch_statistics(Buffer(dense.data_ptr(), dtype_name(dense), view, axis == -1), mean, m2)
-        return count, mean, m2
-    wide = x.detach().astype("float64").moveaxis(axis, 0).reshape([channels, -1])
-    centre = wide.mean(axis=1, keepdim=True)
-    return count, centre.flatten().numpy(), ((wide - centre) ** 2).sum(axis=1).numpy()
+    if not x.place.is_cpu_place():
+        return count, *_moments_by_operators(x, axis)
+    dense = x.detach().contiguous()
+    mean, m2 = np.zeros((2, channels))
+    view = (shape[0], channels, prod(shape[1:]))
+    kernels.batch_statistics(Buffer(dense.data_ptr(), dtype_name(dense), view, axis == -1), mean, m2)
+    return count, mean, m2
+
+
+def _moments_by_operators(x: paddle.Tensor, axis: int) -> tuple[Statistics, Statistics]:
+    """Mean and M2 on a device that the kernels do not run on."""
+    wide = x.detach().astype("float64").moveaxis(axis, 0).flatten(1)
+    centre = wide.sum(axis=1, keepdim=True) / max(wide.shape[1], 1)
+    return centre.flatten().numpy(), ((wide - centre) ** 2).sum(axis=1).numpy()
 
 
 class Ranks:

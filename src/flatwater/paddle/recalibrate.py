@@ -146,8 +146,6 @@ class _Measurement:
 
     def in_order(self) -> dict[str, Pool]:
         """Layers in a later pass than those that they depend on."""
-        for layer in self.layers.values():
-            _mend(layer)
         paths = list(self.layers)
         with self.ranks.together("finding the order of layers"):
             reached = self._influences()
@@ -312,13 +310,6 @@ def _bar(*, shown: bool) -> rich.progress.Progress:
 
 def _values(tensor: paddle.Tensor) -> Any:
     return to_numpy(tensor).astype(np.float64)
-
-
-def _mend(layer: Any) -> None:
-    """Statistics that are not finite would hide what depends on what."""
-    if not (np.isfinite(_values(layer._mean)).all() and np.isfinite(_values(layer._variance)).all()):
-        layer._mean.set_value(paddle.zeros_like(layer._mean))
-        layer._variance.set_value(paddle.ones_like(layer._variance))
 
 
 def _set(layer: Any, pool: Pool) -> None:
