@@ -2,6 +2,7 @@
 
 #include <dlfcn.h>
 #include <omp.h>
+#include <pthread.h>
 
 #include <atomic>
 #include <vector>
@@ -22,6 +23,10 @@ struct Runtime {
     int (*thread)();
 };
 
+// Whether this process is a child of one that had a team of GNU's runtime: it would wait for ever for threads
+// that only its parent has.
+std::atomic<bool> team_lost = false;
+
 Runtime find_runtime() {
 #ifdef __GNUC__
     if (void *library = dlopen("libiomp5.so", RTLD_NOW | RTLD_NOLOAD)) {
@@ -30,6 +35,7 @@ Runtime find_runtime() {
         if (parallel && thread) return {parallel, thread};
     }
 #endif
+    pthread_atfork(nullptr, nullptr, [] { team_lost = true; });  // Intel's runtime sees to it by itself
     return {GOMP_parallel, omp_get_thread_num};
 }
 
@@ -38,7 +44,7 @@ const Runtime &runtime() {
     return found;
 }
 
-index team_threads = 0;  // 0: not asked yet
+std::atomic<index> team_threads = 0;  // 0: not asked yet; Python threads may call at the same time
 
 // What is left of one thread's part: tasks [begin, end), claimed one at a time by whoever comes.
 // On a cache line of its own, for its owner claims from it all the time.
@@ -74,13 +80,14 @@ void member(void *argument) {
 void set_threads(index threads) { team_threads = threads; }
 
 index threads() {
-    if (team_threads == 0) team_threads = omp_get_max_threads();
-    return team_threads;
+    index known = team_threads.load(std::memory_order_relaxed);
+    if (known == 0) team_threads = known = omp_get_max_threads();
+    return known;
 }
 
 void run_team(index tasks, index elements, TeamTask task, void *context, bool backwards) {
     const index size = elements < worth_a_team ? 1 : threads() < tasks ? threads() : tasks;
-    if (size <= 1) {
+    if (size <= 1 || team_lost) {
         for (index i = 0; i < tasks; ++i) task(context, backwards ? tasks - 1 - i : i);
         return;
     }

@@ -123,6 +123,11 @@ MISTAKES: list[tuple[str, Callable[[], Any], str]] = [
     ("store: float32", lambda: kernels.store(np.ones(C, np.float32), vector()), "float32"),
     ("a buffer without channels", lambda: tensor((3,)), r"\(3,\)"),
     ("a buffer with gaps", lambda: kernels.Buffer.from_numpy(np.zeros((4, 6, 8))[:, ::2]), "dense"),
+    (
+        "a buffer between elements",
+        lambda: kernels.Buffer.from_numpy(np.zeros(34, np.uint8)[2:].view(np.float32).reshape(2, 4)),
+        "begins inside an element",
+    ),
     ("a vector with gaps", lambda: kernels.Vector.from_numpy(np.zeros(8, np.float32)[::2]), "vector"),
     ("a vector of two dimensions", lambda: kernels.Vector.from_numpy(np.zeros((2, 2), np.float32)), "vector"),
     ("no threads", lambda: kernels.set_threads(0), "0"),

@@ -42,12 +42,14 @@ class Buffer(NamedTuple):
             dtype: ``"bfloat16"`` says that a uint16 array holds bfloat16 values.
 
         Raises:
-            InputError: fewer than two dimensions, or memory that is not dense.
+            InputError: fewer than two dimensions, or memory that is not dense or not aligned to its elements.
         """
         if array.ndim < 2:
             raise InputError(f"an array of shape {array.shape} has no channels; give at least two dimensions (N, C)")
         if not array.flags.c_contiguous:
             raise InputError(f"an array of strides {array.strides} is not dense; use numpy.ascontiguousarray")
+        if not array.flags.aligned:
+            raise InputError(f"a {array.dtype} array at address {address(array)} begins inside an element; pass a copy")
         outer, *rest = array.shape
         channels = rest.pop() if channels_last else rest.pop(0)
         return cls(address(array), dtype or str(array.dtype), (outer, channels, prod(rest)), channels_last)
