@@ -134,7 +134,9 @@ def command(
     document: dict[str, Any] = {"machine": machine.describe(), "parts": {}}
     console.print(machine.summary(document["machine"]), highlight=False)
     if not torch:
-        console.print("PyTorch is not installed: its columns are missing. pip install '.[bench]' brings it.")
+        console.print(
+            "PyTorch is not installed: its columns are missing. pip install '.[bench]' brings it.", markup=False
+        )
     with console.status("") as status:
         options = Options(
             cases=cases,
