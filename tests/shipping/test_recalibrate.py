@@ -196,6 +196,22 @@ def test_layers_in_a_ring_are_measured_together() -> None:
     assert stages(reached) == [[0], [1, 2, 3], [4]]
 
 
+def test_a_weight_of_zero_does_not_open_a_ring() -> None:
+    class Ring(nn.Layer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (nn.BatchNorm1D(3) for _ in range(3))
+
+        def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+            for _ in range(2):
+                x = self.c(self.b(self.a(x)))
+            return x
+
+    model = randomize(Ring())
+    model.b.weight.set_value(np.zeros(3, "float32"))  # so that noise from a never reaches c
+    assert fw.recalibrate(model, data(3), in_order=True).passes == 1
+
+
 def test_each_pass_draws_the_same() -> None:
     class Augmenting:
         def __init__(self) -> None:
