@@ -180,16 +180,16 @@ def test_a_pair_whose_tensors_the_model_uses_by_itself_is_taken_back(
 def test_a_wrong_fold_never_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     import flatwater.surgery.fold as surgery
 
-    right = surgery.fold_values
+    right = surgery.affine_after
 
-    def wrong_for_nine_rows(linear: Any, norm: Any) -> Any:
-        weight, bias = right(linear, norm)
+    def wrong_for_nine_rows(linear: Any, affine: Any) -> Any:
+        weight, bias = right(linear, affine)
         return (weight * 1.01, bias) if weight.shape[1] == 9 else (weight, bias)
 
     model = randomize(nn.Sequential(nn.Conv2D(3, 9, 1), nn.BatchNorm2D(9), nn.Conv2D(9, 4, 1), nn.BatchNorm2D(4)))
     x = example(2, 3, 6, 6)
     before, expected = state_of(model), evaluate(model, x)
-    monkeypatch.setattr(surgery, "fold_values", wrong_for_nine_rows)
+    monkeypatch.setattr(surgery, "affine_after", wrong_for_nine_rows)
     report = fold(model, x)
     assert [pair.norm for pair in report.folded] == ["1"]
     assert "moved what '3' writes" in report.left["3"]
@@ -202,8 +202,10 @@ def test_a_wrong_fold_does_not_hide_behind_a_head_of_zeros(monkeypatch: pytest.M
 
     head = nn.Conv2D(4, 2, 1, weight_attr=nn.initializer.Constant(0.0))
     model = randomize(nn.Sequential(nn.Conv2D(3, 4, 1), nn.BatchNorm2D(4), head))
-    right = surgery.fold_values
-    monkeypatch.setattr(surgery, "fold_values", lambda linear, norm: tuple(1.01 * one for one in right(linear, norm)))
+    right = surgery.affine_after
+    monkeypatch.setattr(
+        surgery, "affine_after", lambda linear, affine: tuple(1.01 * one for one in right(linear, affine))
+    )
     report = fold(model, example(2, 3, 6, 6))
     assert not report.folded
     assert "taken back" in report.left["1"]

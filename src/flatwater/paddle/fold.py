@@ -44,7 +44,8 @@ def fold(model: paddle.nn.Layer, example_inputs: Any, *, tolerance: float | None
     """
     inputs = as_inputs(example_inputs)
     layers_of(model)
+    adapt = tolerance is None
     if tolerance is None:
         tolerance = default_tolerance(parameter_dtype(model))
     with evaluating(model):
-        return fold_model(PaddleView(model, inputs), tolerance)
+        return fold_model(PaddleView(model, inputs), tolerance, adapt=adapt)

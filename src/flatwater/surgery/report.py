@@ -11,7 +11,10 @@ __all__ = ["ChangeReport", "FoldReport", "FoldedPair", "Movement"]
 
 
 class FoldedPair(NamedTuple):
-    """A norm layer, and the linear layer (mostly a convolution) whose output it alone reads, by path."""
+    """A norm layer, and the layer that took it up (mostly the convolution before it), by path.
+
+    Several pairs share their norm where several layers took it up: convolutions whose outputs are joined before it.
+    """
 
     conv: str
     norm: str
@@ -55,7 +58,9 @@ class FoldReport:
         folded: the pairs that are one layer now.
         left: path of a norm layer -> why it stayed.
         max_abs, max_rel: how far the model's outputs on the example inputs moved, see :class:`Movement`.
-        tolerance: how far, relative to its scale, anything observed was allowed to move.
+        tolerance: how far, relative to its scale, an output was allowed to move.
+        rewritten: paths of the layers that write another tensor now, so that the model computes the same: what
+            absorbed a norm behind it, and norms that went into what follows them.
     """
 
     folded: list[FoldedPair]
@@ -63,7 +68,13 @@ class FoldReport:
     max_abs: float
     max_rel: float
     tolerance: float
+    rewritten: set[str] = field(default_factory=set)
     _undo: list[Callable[[], None]] = field(default_factory=list, repr=False)
+
+    @property
+    def norms(self) -> list[str]:
+        """Each norm layer that was folded, once."""
+        return list(dict.fromkeys(pair.norm for pair in self.folded))
 
     def undo(self) -> None:
         """Put weights, biases and norm layers back, bit for bit. A second call does nothing.
@@ -87,7 +98,7 @@ class FoldReport:
 
     def __str__(self) -> str:
         lines = [
-            f"{len(self.folded)} norm layers folded, {len(self.left)} left; outputs moved by at most "
+            f"{len(self.norms)} norm layers folded, {len(self.left)} left; outputs moved by at most "
             f"{self.max_abs:.2g} ({self.max_rel:.2g} of their scale, tolerance {self.tolerance:.2g})"
         ]
         lines += [f"  folded  {pair.norm} into {pair.conv}" for pair in self.folded]
