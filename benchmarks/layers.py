@@ -14,7 +14,8 @@ onednn            the same on ``to_mkldnn()`` tensors, the one road to oneDNN's 
 ================  ======================================================================================
 
 Paddle and PyTorch run in processes of their own, one pair for each environment (:mod:`benchmarks.worker`), and all take
-their turns in the same rounds.
+their turns in the same rounds. The processes are new for each tensor: after larger ones, the heap that an allocator was
+told to keep is another, and the same step was seen to take up to twice as long.
 """
 
 from __future__ import annotations
@@ -116,31 +117,30 @@ def measure(
         progress: is told what is being measured.
     """
     activations = [norm for norm in norms if norm not in ("group", "instance")]
+    # What each framework makes for a tensor: the module of its worker, and the arguments of its handler prepare.
+    made = {"paddle": ("paddle_worker", {"layouts": layouts, "norms": norms})}
+    if torch and activations:
+        made["torch"] = ("torch_worker", {"activations": activations})
+
     rows: list[Row] = []
-    with ExitStack() as stack:
-
-        def start(module: str) -> dict[str, Worker]:
-            return {name: stack.enter_context(Worker(module, machine.ENVIRONMENTS[name]())) for name in environments}
-
-        paddles, torches = start("paddle_worker"), start("torch_worker") if torch and activations else {}
-        workers = [*paddles.values(), *torches.values()]
-        described = {
-            f"{framework} {name}": worker.call("describe")
-            for framework, group in (("paddle", paddles), ("torch", torches))
-            for name, worker in group.items()
-        }
-        others = Others(*(worker.pid for worker in workers))
-        for case in cases:
-            progress(f"layers: {case.name}")
+    described: dict[str, Any] = {}
+    busy = 0.0
+    for case in cases:
+        progress(f"layers: {case.name}")
+        with ExitStack() as stack:
+            workers = {
+                (environment, framework): stack.enter_context(Worker(module, machine.ENVIRONMENTS[environment]()))
+                for environment in environments
+                for framework, (module, _) in made.items()
+            }
             timers: dict[str, Timer] = {}
-            for name, worker in paddles.items():
-                for made in worker.call("prepare", shape=case.shape, layouts=layouts, norms=norms):
-                    timers[f"{name} paddle {made}"] = worker.timer(made)
-            for name, worker in torches.items():
-                for made in worker.call("prepare", shape=case.shape, activations=activations):
-                    timers[f"{name} torch {made}"] = worker.timer(made)
+            for (environment, framework), worker in workers.items():
+                described[f"{framework} {environment}"] = worker.call("describe")
+                for contender in worker.call("prepare", shape=case.shape, **made[framework][1]):
+                    timers[f"{environment} {framework} {contender}"] = worker.timer(contender)
+            others = Others(*(worker.pid for worker in workers.values()))
             rows += rows_of(case, rounds(timers, count), layouts, norms, environments)
-        busy = others.processors()
+            busy = max(busy, others.processors())
     return {
         "rows": [asdict(row) | {"slower_than": row.slower_than} for row in rows],
         "summaries": [asdict(summary) | {"holds": summary.holds} for summary in summarize(rows)],
