@@ -5,11 +5,13 @@ Train    ``BatchNorm``, ``BatchNorm1D/2D/3D``, ``GroupNorm``, ``InstanceNorm1D/2
 Share    ``SyncBatchNorm``, ``convert_sync_batchnorm`` and ``revert_sync_batchnorm`` for a model that exists, and
          ``average_statistics`` (``AverageStatistics``, a callback) for one that was trained without
 See      ``NormMonitor``
-Control  ``freeze``, ``frozen_report`` and ``thaw``, ``recalibrate``
+Control  ``apply_policy`` for everything at once, ``float32_layers``; ``freeze``, ``frozen_report`` and ``thaw``;
+         ``recalibrate``
 Ship     ``fold``, ``export``, ``verify``
 """
 
 from flatwater.paddle import nn
+from flatwater.paddle.applied import AppliedPolicy, float32_layers
 from flatwater.paddle.average import AverageStatistics, average_statistics
 from flatwater.paddle.conv import ConvBNLayer
 from flatwater.paddle.convert import convert, revert
@@ -29,6 +31,7 @@ from flatwater.paddle.layers import (
     backend_of,
 )
 from flatwater.paddle.monitor import NormMonitor
+from flatwater.paddle.policy import apply_policy
 from flatwater.paddle.recalibrate import recalibrate
 from flatwater.paddle.sync import SyncBatchNorm
 from flatwater.paddle.sync_convert import convert_sync_batchnorm, revert_sync_batchnorm
@@ -40,6 +43,7 @@ from flatwater.surgery.recalibration import RecalibrationReport
 from flatwater.verify import VerifyReport
 
 __all__ = [
+    "AppliedPolicy",
     "AverageStatistics",
     "BatchNorm",
     "BatchNorm1D",
@@ -61,11 +65,13 @@ __all__ = [
     "RecalibrationReport",
     "SyncBatchNorm",
     "VerifyReport",
+    "apply_policy",
     "average_statistics",
     "backend_of",
     "convert",
     "convert_sync_batchnorm",
     "export",
+    "float32_layers",
     "fold",
     "freeze",
     "frozen_report",

@@ -23,7 +23,18 @@ from flatwater.paddle.sync import SyncBatchNorm
 from flatwater.paddle.sync_convert import convert_sync_batchnorm, revert_sync_batchnorm
 from flatwater.spec import canonical_activation
 
-__all__ = ["InstanceNorm", "NormKind", "default_groups", "is_fused", "is_recast", "kind_of", "recast", "restore"]
+__all__ = [
+    "InstanceNorm",
+    "NormKind",
+    "affine_of",
+    "channels_of",
+    "default_groups",
+    "is_fused",
+    "is_recast",
+    "kind_of",
+    "recast",
+    "restore",
+]
 
 NormKind: TypeAlias = Literal["batch_norm", "sync_batch_norm", "group_norm", "instance_norm"]
 
@@ -106,6 +117,19 @@ def is_recast(layer: paddle.nn.Layer) -> bool:
     return _FORMER in vars(layer)
 
 
+def affine_of(layer: Any) -> tuple[Any, Any]:
+    """γ and β, None for what the layer has not."""
+    return getattr(layer, _scale_name(layer)), layer.bias
+
+
+def channels_of(layer: Any) -> int:
+    """How many channels a norm layer of a kind that :func:`recast` knows has."""
+    own = vars(layer)
+    if "_mean" in layer._parameters:
+        return int(layer._mean.shape[0])
+    return int(own["_num_channels"] if isinstance(layer, nn.GroupNorm) else own["_num_features"])
+
+
 def default_groups(channels: int) -> int:
     """32, as Wu & He (2018) have it, or the largest power of two below that divides the channels."""
     return math.gcd(32, channels)
@@ -133,7 +157,7 @@ def recast(layer: Any, kind: NormKind, *, groups: int | None = None) -> str | No
         revert_sync_batchnorm(layer)
         return None
     if kind == "group_norm":
-        return _to_group_norm(layer, groups or default_groups(_channels(layer)))
+        return _to_group_norm(layer, groups or default_groups(channels_of(layer)))
     if kind == "instance_norm":
         return _to_instance_norm(layer)
     note = _to_batch_norm(layer)
@@ -150,7 +174,7 @@ def restore(layer: Any) -> bool:
     if isinstance(layer, SyncBatchNorm) and "_former_class" in vars(layer) and former.kind is not SyncBatchNorm:
         revert_sync_batchnorm(layer)
     attributes = vars(layer)
-    weight, bias = _affine(layer)
+    weight, bias = affine_of(layer)
     for name in (_FORMER, "_accepted", *former.added):
         attributes.pop(name, None)
     attributes.update(former.replaced)
@@ -177,8 +201,8 @@ def _check(layer: Any, kind: NormKind, groups: int | None) -> None:
         raise SurgeryError(f"this {name} is frozen; thaw it first")
     if not is_fused(getattr(layer, "_act", None)):
         raise SurgeryError(f"its activation {layer._act!r} is not one that is fused")
-    if groups is not None and _channels(layer) % groups:
-        raise SurgeryError(f"groups={groups} does not divide its {_channels(layer)} channels; choose a divisor")
+    if groups is not None and channels_of(layer) % groups:
+        raise SurgeryError(f"groups={groups} does not divide its {channels_of(layer)} channels; choose a divisor")
     if kind == "instance_norm" and _channels_last(layer):
         raise SurgeryError("its channels are last, which Paddle's instance norm does not take")
 
@@ -192,7 +216,7 @@ def _synchronize(layer: Any) -> None:
 def _to_group_norm(layer: Any, groups: int) -> str | None:
     attributes = {
         "_num_groups": groups,
-        "_num_channels": _channels(layer),
+        "_num_channels": channels_of(layer),
         "_data_format": "NHWC" if _channels_last(layer) else "NCHW",
     }
     return _become(layer, layers.GroupNorm, attributes)
@@ -200,7 +224,7 @@ def _to_group_norm(layer: Any, groups: int) -> str | None:
 
 def _to_instance_norm(layer: Any) -> str | None:
     attributes = {
-        "_num_features": _channels(layer),
+        "_num_features": channels_of(layer),
         "_data_format": "NCHW",
         "_momentum": getattr(layer, "_momentum", 0.9),
     }
@@ -230,8 +254,8 @@ def _become(layer: Any, kind: type, attributes: dict[str, Any]) -> str | None:
     former = _Former(
         type(layer), list(parameters), {name: parameters[name] for name in _STATISTICS if name in parameters}
     )
-    weight, bias = _affine(layer)
-    channels = _channels(layer)
+    weight, bias = affine_of(layer)
+    channels = channels_of(layer)
     layer.__class__ = kind
     # What the layer has not is an attribute that is None, as Paddle's constructors leave it.
     attributes |= {name: None for name, tensor in ((_scale_name(layer), weight), ("bias", bias)) if tensor is None}
@@ -269,18 +293,6 @@ def _set_parameters(layer: Any, parameters: dict[str, Any]) -> None:
 
 def _scale_name(layer: Any) -> str:
     return "scale" if isinstance(layer, INSTANCE_NORMS) else "weight"
-
-
-def _affine(layer: Any) -> tuple[Any, Any]:
-    """γ and β, None for what the layer has not."""
-    return getattr(layer, _scale_name(layer)), layer.bias
-
-
-def _channels(layer: Any) -> int:
-    own = vars(layer)
-    if "_mean" in layer._parameters:
-        return int(layer._mean.shape[0])
-    return int(own["_num_channels"] if isinstance(layer, nn.GroupNorm) else own["_num_features"])
 
 
 def _channels_last(layer: Any) -> bool:

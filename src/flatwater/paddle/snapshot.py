@@ -35,7 +35,7 @@ class Snapshot:
         self._layers = [_Saved(layer, type(layer), _copied(vars(layer)), dict(layer._parameters)) for layer in layers]
         found = {id(one): one for saved in self._layers for one in saved.parameters.values() if one is not None}
         self._parameters = [
-            _SavedParameter(one, one.detach().clone(), one.grad, one.stop_gradient, _copied(vars(one)))
+            _SavedParameter(one, one.detach().clone(), _gradient(one), one.stop_gradient, _copied(vars(one)))
             for one in found.values()
         ]
 
@@ -55,6 +55,11 @@ class Snapshot:
                 parameter.set_value(values)
             if grad is not None and parameter.grad is None:
                 parameter.grad = grad
+
+
+def _gradient(parameter: paddle.Tensor) -> paddle.Tensor | None:
+    """A copy, for clearing a gradient empties the tensor that others hold."""
+    return None if parameter.grad is None else parameter.grad.clone()
 
 
 def _copied(attributes: dict[str, Any]) -> dict[str, Any]:

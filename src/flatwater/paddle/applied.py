@@ -1,0 +1,204 @@
+"""A policy that was applied: its report, what of it is still to come, and what optimizers have to know of it."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import paddle
+from paddle.regularizer import L2Decay
+
+from flatwater.errors import ConfigError, SurgeryError
+from flatwater.paddle.freeze import freeze
+from flatwater.paddle.running import layers_of
+from flatwater.paddle.snapshot import Snapshot
+from flatwater.surgery.applied import PolicyReport
+
+if TYPE_CHECKING:
+    from flatwater.policy import Freeze
+
+__all__ = ["AppliedPolicy", "Learning", "PolicyCallback", "float32_layers", "freeze_layers", "mark_float32"]
+
+# The mark in layers that are to stay float32. Paddle has one of its own, which it gives to other layers as well.
+_KEEP_FLOAT32 = "_flatwater_keep_float32"
+
+
+@dataclass
+class Learning:
+    """How γ and β of one layer learn, where a policy says so.
+
+    Attributes:
+        weight_decay: their own L2 coefficient.
+        factor: their share of the learning rate.
+    """
+
+    parameters: list[Any]
+    weight_decay: float | None = None
+    factor: float | None = None
+
+    def set(self) -> None:
+        """Where ``paddle.optimizer`` looks, at every step: SGD, Momentum, Adam and all others but AdamW and Lamb."""
+        for parameter in self.parameters:
+            if self.weight_decay is not None:
+                parameter.regularizer = L2Decay(self.weight_decay)
+            if self.factor is not None:
+                parameter.optimize_attr = {**parameter.optimize_attr, "learning_rate": self.factor}
+
+
+@dataclass
+class AppliedPolicy(PolicyReport):
+    """What :func:`~flatwater.paddle.apply_policy` returns. ``str()`` gives a table of all norm layers.
+
+    What a policy freezes from a step or an epoch on needs to be told when: by ``callback()`` in ``paddle.Model.fit``,
+    or by ``on_step`` and ``on_epoch`` in a loop of one's own. (For a model in ``paddle.DataParallel``, apply the policy
+    to that, made with ``find_unused_parameters=True``: it must not wait for gradients that no longer come.)
+    """
+
+    model: Any = field(default=None, repr=False)
+    _pending: list[tuple[Freeze, list[str]]] = field(default_factory=list, repr=False)
+    _learning: list[Learning] = field(default_factory=list, repr=False)
+    _before: Snapshot | None = field(default=None, repr=False)
+
+    def on_step(self, step: int) -> None:
+        """Tell that step ``step`` begins, counted from 0 over all epochs; in a resumed run, the step it goes on with.
+
+        Raises:
+            StatisticsError: the statistics to freeze now are NaN, infinite or negative; nothing was frozen.
+        """
+        self._freeze_due(lambda when: when.from_step is not None and when.from_step <= step)
+
+    def on_epoch(self, epoch: int) -> None:
+        """Tell that epoch ``epoch`` begins, counted from 0. Raises what :meth:`on_step` raises."""
+        self._freeze_due(lambda when: when.from_epoch is not None and when.from_epoch <= epoch)
+
+    def callback(self, step: int = 0) -> PolicyCallback:
+        """For ``paddle.Model.fit``, which goes on at ``step``."""
+        return PolicyCallback(self, step)
+
+    def decays(self, parameter: Any) -> bool:
+        """Whether weight decay is for this parameter: False for those to which the policy gives none.
+
+        Made for ``AdamW(..., apply_decay_param_fun=applied.decays)``, which decouples the decay from the gradient and
+        therefore asks no regularizer; it gives a name. Lamb gives the parameter, and wants to hear the opposite.
+        """
+        name = parameter if isinstance(parameter, str) else parameter.name
+        return name not in self._without_decay()
+
+    def prepare(self, optimizer: Any) -> None:
+        """Make sure that the policy's weight decay and learning rates reach an optimizer that is there already.
+
+        SGD, Momentum, Adam and the like find them in the parameters, unless they were given parameter groups, which
+        write over them when the optimizer is made; AdamW and Lamb have to be told. A second call changes nothing.
+
+        Raises:
+            ConfigError: AdamW and Lamb decay all parameters alike or not at all, so a coefficient of one's own above 0
+                is not to be had.
+        """
+        for learning in self._learning:
+            learning.set()
+        known = {paddle.optimizer.AdamW: "apply_decay_param_fun", paddle.optimizer.Lamb: "exclude_from_weight_decay_fn"}
+        function = next((name for kind, name in known.items() if isinstance(optimizer, kind)), None)
+        if function is None:
+            return
+        own = [learning for learning in self._learning if learning.weight_decay]
+        if own:
+            raise ConfigError(
+                f"weight_decay={own[0].weight_decay} of {own[0].parameters[0].name!r} cannot reach "
+                f"{type(optimizer).__name__}, which decays parameters alike or not at all; use 0, or another optimizer"
+            )
+        spared, excludes = self._without_decay(), function.startswith("exclude")
+        setattr(optimizer, f"_{function}", _told(getattr(optimizer, f"_{function}"), spared, excludes=excludes))
+        for group in (optimizer._default_dict, *optimizer._param_groups):
+            if isinstance(group, dict) and function in group:
+                group[function] = _told(group[function], spared, excludes=excludes)
+
+    def undo(self) -> None:
+        """Make the norm layers bit for bit what they were before the policy, whatever was trained since.
+
+        Raises:
+            SurgeryError: it was undone already.
+        """
+        if self._before is None:
+            raise SurgeryError("this policy was undone already; apply it again first")
+        self._before.restore()
+        self._before = None
+        self._pending.clear()
+        self._learning.clear()
+
+    def learn(self, learning: Learning) -> None:
+        """Set how some parameters learn, and remember it for :meth:`prepare`."""
+        learning.set()
+        self._learning.append(learning)
+
+    def postpone(self, what: Freeze, paths: list[str]) -> None:
+        """Freeze the layers at these paths when its step or epoch begins."""
+        self._pending.append((what, paths))
+
+    def _without_decay(self) -> set[str]:
+        spared = [learning for learning in self._learning if learning.weight_decay == 0]
+        return {parameter.name for learning in spared for parameter in learning.parameters}
+
+    def _freeze_due(self, is_due: Callable[[Freeze], bool]) -> None:
+        due = [(when, paths) for when, paths in self._pending if is_due(when)]
+        if not due:
+            return
+        layers = dict(layers_of(self.model))
+        before = Snapshot(layers[path] for _, paths in due for path in paths)
+        try:
+            for when, paths in due:
+                freeze_layers(self.model, when, paths)
+        except BaseException:
+            before.restore()
+            raise
+        self._pending = [one for one in self._pending if one not in due]
+
+
+class PolicyCallback(paddle.callbacks.Callback):
+    """Tells an applied policy when steps and epochs begin; see :meth:`AppliedPolicy.callback`."""
+
+    def __init__(self, applied: AppliedPolicy, step: int = 0) -> None:
+        super().__init__()
+        self._applied = applied
+        self._step = step
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        self._applied.on_epoch(epoch)
+
+    def on_train_batch_begin(self, step: int, logs: Any = None) -> None:
+        self._applied.on_step(self._step)
+        self._step += 1
+
+
+def float32_layers(model: paddle.nn.Layer) -> list[paddle.nn.Layer]:
+    """The layers that a policy said are to stay float32.
+
+    Give them to ``paddle.amp.decorate(..., excluded_layers=float32_layers(model))`` (which leaves them be even without,
+    for the policy sets what it looks at), or to the configuration of a quantization.
+    """
+    return [layer for _, layer in layers_of(model) if vars(layer).get(_KEEP_FLOAT32)]
+
+
+def freeze_layers(model: paddle.nn.Layer, what: Freeze, paths: Sequence[str]) -> None:
+    """Freeze the layers at these paths, each as far as it has what is to be frozen."""
+    for path in paths:
+        freeze(model, affine=what.affine, statistics=what.statistics, pattern=glob.escape(path))
+
+
+def mark_float32(layer: paddle.nn.Layer, *, keep: bool) -> None:
+    """Set the mark that :func:`float32_layers` reads, and the one that Paddle's mixed precision does."""
+    vars(layer)[_KEEP_FLOAT32] = keep
+    layer._cast_to_low_precision = not keep
+
+
+def _told(before: Callable[[Any], bool] | None, spared: set[str], *, excludes: bool) -> Callable[[Any], bool]:
+    """An optimizer's function for decaying, or for excluding, that knows the parameters which are to have no decay."""
+
+    def function(parameter: Any) -> bool:
+        name = parameter if isinstance(parameter, str) else parameter.name
+        if name in spared:
+            return excludes
+        return before(parameter) if before is not None else not excludes
+
+    return function

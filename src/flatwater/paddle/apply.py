@@ -1,0 +1,254 @@
+"""How :func:`~flatwater.paddle.apply_policy` goes about it. Only this module needs what reads and checks policies."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import paddle
+
+from flatwater.advice import Choice, choose_norm
+from flatwater.errors import ConfigError, SurgeryError
+from flatwater.paddle.applied import AppliedPolicy, Learning, freeze_layers, mark_float32
+from flatwater.paddle.freeze import _memory_of, thaw
+from flatwater.paddle.kinds import BATCH_NORMS
+from flatwater.paddle.probe import Probe, probe
+from flatwater.paddle.recast import affine_of, is_recast, kind_of, recast, restore
+from flatwater.paddle.running import Inputs, layers_of
+from flatwater.paddle.snapshot import Snapshot
+from flatwater.policy import Chosen, Freeze, NormInfo, Policy
+from flatwater.surgery.applied import PolicyEntry
+
+__all__ = ["apply_rules", "as_policy"]
+
+
+def as_policy(policy: Policy | str | Path | Sequence[Mapping[str, Any]]) -> Policy:
+    """The policy that was given, in whichever form.
+
+    Raises:
+        ConfigError: it is wrong in itself, or its file cannot be read.
+    """
+    if isinstance(policy, Policy):
+        return policy
+    return Policy.load(policy) if isinstance(policy, str | Path) else Policy.of(policy)
+
+
+def apply_rules(
+    model: paddle.nn.Layer, policy: Policy, *, inputs: Inputs | None, batch_size: int | None, world_size: int
+) -> AppliedPolicy:
+    """:func:`~flatwater.paddle.apply_policy` with everything in its final form."""
+    norms: dict[str, Any] = {path: layer for path, layer in layers_of(model) if kind_of(layer) is not None}
+    infos = {path: NormInfo(str(kind_of(layer)), type(layer).__name__) for path, layer in norms.items()}
+    wanted = policy.resolve(infos)
+    run = None
+    if inputs is not None and any(fields.keys() & {"norm", "zero_init_residual"} for fields in wanted.values()):
+        run = probe(model, {path: norms[path] for path, info in infos.items() if info.kind != "layer_norm"}, inputs)
+    before = Snapshot(norms.values())
+    work = _Work(policy, AppliedPolicy(model=model, _before=before), run, batch_size, world_size)
+    try:
+        for path, layer in norms.items():
+            work.change(path, layer, wanted.get(path, {}))
+        work.check_effects(wanted)
+        work.freeze()
+    except BaseException:
+        before.restore()
+        raise
+    return work.applied
+
+
+class _InapplicableError(Exception):
+    """A layer has nothing that a field could set. An error only if that is so for every layer that the rule is for."""
+
+
+class _Work:
+    def __init__(
+        self, policy: Policy, applied: AppliedPolicy, run: Probe | None, batch_size: int | None, world_size: int
+    ) -> None:
+        self.policy = policy
+        self.applied = applied
+        self._run = run
+        self._batch_size = batch_size
+        self._world_size = world_size
+        self._frozen: dict[Freeze, list[str]] = {}
+        self._effects: set[tuple[int, str]] = set()
+        self._reasons: dict[tuple[int, str], str] = {}
+        # In the order in which they are done.
+        self._setters: dict[str, Callable[[str, Any, dict[str, Chosen]], str | None]] = {
+            "norm": self._set_norm,
+            "groups": self._set_groups,
+            "momentum": self._set_momentum,
+            "epsilon": self._set_epsilon,
+            "gamma": self._set_gamma,
+            "beta": self._set_beta,
+            "zero_init_residual": self._set_zero_init,
+            "weight_decay": self._set_weight_decay,
+            "learning_rate_factor": self._set_factor,
+            "keep_float32": self._set_float32,
+            "freeze": self._set_freeze,
+        }
+
+    def change(self, path: str, layer: Any, fields: dict[str, Chosen]) -> None:
+        """Do to one layer whatever the fields say; freezing comes last, and to all layers."""
+        entry = PolicyEntry(path, type(layer).__name__, "")
+        for name, setter in self._setters.items():
+            if name not in fields:
+                continue
+            rule = fields[name].rule
+            try:
+                done = setter(path, layer, fields)
+            except _InapplicableError as error:
+                self._reasons[rule, name] = f"{path!r}: {error}"
+                if name != "zero_init_residual":  # which is for few layers by its nature
+                    entry.notes.append(str(error))
+                continue
+            except SurgeryError as error:
+                value = fields[name].value
+                raise ConfigError(f"{self.policy.place(rule, name)}: {name}={value} for {path!r}: {error}") from error
+            self._effects.add((rule, name))
+            if done:
+                entry.done.append(f"{done} ({self.policy.place(rule, name)})")
+        entry.kind = type(layer).__name__
+        self.applied.entries.append(entry)
+
+    def check_effects(self, wanted: dict[str, dict[str, Chosen]]) -> None:
+        """Raise ConfigError for what a rule sets, and no later rule overrides, where no layer has such a thing."""
+        decisive = {(chosen.rule, name) for fields in wanted.values() for name, chosen in fields.items()}
+        for rule, name in sorted(decisive - self._effects):
+            raise ConfigError(
+                f"{self.policy.place(rule, name)}: {name} has no effect on any layer that the rule is for; "
+                f"{self._reasons[rule, name]}"
+            )
+
+    def freeze(self) -> None:
+        """Freeze what is to be frozen now, and keep the rest for later."""
+        for what, paths in self._frozen.items():
+            if what.now:
+                freeze_layers(self.applied.model, what, paths)
+            else:
+                self.applied.postpone(what, paths)
+
+    def _set_norm(self, path: str, layer: Any, fields: dict[str, Chosen]) -> str | None:
+        wanted, why = fields["norm"].value, ""
+        if wanted == "auto":
+            choice = self._choose(path, layer, fields["norm"].rule)
+            wanted, why = choice.kind, f", auto: {choice.reason}"
+        before, groups = type(layer).__name__, fields.get("groups")
+        if wanted == "frozen":
+            return self._set_frozen(path, layer, fields)
+        if wanted == "group_norm":
+            note = recast(layer, wanted, groups=groups.value if groups else None)
+        else:
+            note = recast(layer, wanted)
+        if type(layer).__name__ == before:
+            return f"stays a {before}{why}" if why else None
+        return f"{before} -> {type(layer).__name__}{why}{f'; {note}' if note else ''}"
+
+    def _choose(self, path: str, layer: Any, rule: int) -> Choice:
+        kind = kind_of(layer)
+        if not (isinstance(layer, BATCH_NORMS) or is_recast(layer)):
+            raise _InapplicableError(f"auto leaves what was built as {kind}, which needs no batch")
+        where = self.policy.place(rule, "norm")
+        if self._run is not None:
+            if path not in self._run.batches:
+                raise ConfigError(f"{where}: norm=auto for {path!r}, which the inputs do not reach; give it a kind")
+            batch = self._run.batches[path]
+            return choose_norm(batch.samples, self._world_size, positions=batch.positions)
+        if self._batch_size is None:
+            raise ConfigError(f"{where}: norm=auto needs to know the batch; give inputs= or batch_size=")
+        return choose_norm(self._batch_size, self._world_size)
+
+    def _set_frozen(self, path: str, layer: Any, fields: dict[str, Chosen]) -> str | None:
+        if is_recast(layer) and _memory_of(layer) is None:
+            restore(layer)
+        if not isinstance(layer, BATCH_NORMS):
+            raise SurgeryError(f"a {type(layer).__name__} has no moving statistics to freeze")
+        later = fields.get("freeze")
+        if later is None or later.rule < fields["norm"].rule:
+            fields["freeze"] = Chosen(Freeze(what="both"), fields["norm"].rule)
+        return None
+
+    def _set_groups(self, path: str, layer: Any, fields: dict[str, Chosen]) -> str | None:
+        if kind_of(layer) != "group_norm":
+            raise _InapplicableError(f"a {type(layer).__name__} has no groups")
+        groups = fields["groups"].value
+        before = layer._num_groups
+        recast(layer, "group_norm", groups=groups)
+        return f"groups {before} -> {groups}" if before != groups else f"groups {groups}"
+
+    def _set_momentum(self, path: str, layer: Any, fields: dict[str, Chosen]) -> str | None:
+        if not isinstance(layer, BATCH_NORMS):
+            raise _InapplicableError(f"a {type(layer).__name__} keeps no statistics, so no momentum")
+        return _set_attribute(layer, "momentum", fields["momentum"].value)
+
+    def _set_epsilon(self, path: str, layer: Any, fields: dict[str, Chosen]) -> str | None:
+        return _set_attribute(layer, "epsilon", fields["epsilon"].value)
+
+    def _set_gamma(self, path: str, layer: Any, fields: dict[str, Chosen]) -> str | None:
+        return _fill("γ", affine_of(layer)[0], layer, fields["gamma"].value)
+
+    def _set_beta(self, path: str, layer: Any, fields: dict[str, Chosen]) -> str | None:
+        return _fill("β", affine_of(layer)[1], layer, fields["beta"].value)
+
+    def _set_zero_init(self, path: str, layer: Any, fields: dict[str, Chosen]) -> str | None:
+        wanted, rule = fields["zero_init_residual"]
+        if not wanted:
+            return None
+        if self._run is None:
+            where = self.policy.place(rule, "zero_init_residual")
+            raise ConfigError(f"{where}: where residual blocks end is seen from the dataflow only; give inputs=")
+        if path not in self._run.block_ends:
+            raise _InapplicableError("it is not the last norm of a residual block")
+        done = _fill("γ", affine_of(layer)[0], layer, 0.0)
+        return f"{done}, the last norm of a residual block"
+
+    def _set_weight_decay(self, path: str, layer: Any, fields: dict[str, Chosen]) -> str | None:
+        decay = fields["weight_decay"].value
+        self.applied.learn(Learning(_affine(layer), weight_decay=decay))
+        return f"weight decay {decay:g}"
+
+    def _set_factor(self, path: str, layer: Any, fields: dict[str, Chosen]) -> str | None:
+        factor = fields["learning_rate_factor"].value
+        self.applied.learn(Learning(_affine(layer), factor=factor))
+        return f"learning rate × {factor:g}"
+
+    def _set_float32(self, path: str, layer: Any, fields: dict[str, Chosen]) -> str | None:
+        keep = fields["keep_float32"].value
+        mark_float32(layer, keep=keep)
+        return "stays float32" if keep else "may leave float32"
+
+    def _set_freeze(self, path: str, layer: Any, fields: dict[str, Chosen]) -> str | None:
+        freeze: Freeze = fields["freeze"].value
+        if freeze.what == "none":
+            return "thawed" if thaw(self.applied.model, pattern=glob.escape(path)).changed else None
+        affine = freeze.affine and any(tensor is not None for tensor in affine_of(layer))
+        statistics = freeze.statistics and isinstance(layer, BATCH_NORMS)
+        if not (affine or statistics):
+            raise _InapplicableError(f"this {type(layer).__name__} has nothing to freeze of {freeze.what}")
+        self._frozen.setdefault(freeze, []).append(path)
+        return (
+            f"freeze {freeze}"
+            if affine >= freeze.affine and statistics >= freeze.statistics
+            else (f"freeze {freeze}, of which it has {'γ and β' if affine else 'the statistics'} only")
+        )
+
+
+def _set_attribute(layer: Any, name: str, value: float) -> str:
+    before = getattr(layer, f"_{name}")
+    setattr(layer, f"_{name}", value)
+    return f"{name} {before:g} -> {value:g}" if before != value else f"{name} {value:g}"
+
+
+def _fill(name: str, parameter: Any, layer: Any, value: float) -> str:
+    if parameter is None:
+        raise _InapplicableError(f"this {type(layer).__name__} has no {name}")
+    parameter.set_value(paddle.full_like(parameter, value))
+    return f"{name} = {value:g}"
+
+
+def _affine(layer: Any) -> list[Any]:
+    present = [tensor for tensor in affine_of(layer) if tensor is not None]
+    if not present:
+        raise _InapplicableError(f"this {type(layer).__name__} has neither γ nor β")
+    return present

@@ -1,0 +1,62 @@
+"""``apply_policy``: everything that a policy says about a model's norm layers, done to all of them or to none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import paddle
+
+from flatwater.errors import BackendError
+from flatwater.paddle.applied import AppliedPolicy
+from flatwater.paddle.running import as_inputs
+
+if TYPE_CHECKING:
+    from flatwater.policy import Policy
+
+__all__ = ["apply_policy"]
+
+
+def apply_policy(
+    model: paddle.nn.Layer,
+    policy: Policy | str | Path | Sequence[Mapping[str, Any]],
+    *,
+    inputs: Any = None,
+    batch_size: int | None = None,
+    world_size: int | None = None,
+) -> AppliedPolicy:
+    """Make the norm layers of ``model`` what the policy says, in place: all of it, or on any error nothing.
+
+    Layers and parameters stay the same objects, so that optimizers made before go on working; yet call
+    ``applied.prepare(optimizer)`` for those, and for AdamW, Lamb and parameter groups in any case. Apply a policy
+    before ``to_static``. Initial values of γ and β are written over what is there, trained or not.
+
+    Args:
+        policy: a :class:`flatwater.policy.Policy`, the path of its YAML file, or a list of rules as dicts.
+        inputs: what the model would be called with in one training step, on one device, as for
+            :func:`~flatwater.paddle.fold`. ``norm: auto`` and ``zero_init_residual`` look at it run, in ``eval()``.
+        batch_size: samples per device, for ``norm: auto`` without inputs.
+        world_size: how many devices share statistics, for ``norm: auto``; None for as many as there are.
+
+    Returns:
+        What was done to each norm layer and why, and the object to tell steps, epochs and optimizers to.
+
+    Raises:
+        ConfigError: the policy is wrong in itself, matches nothing, or asks for what the layers have not. The line of
+            its file is named.
+        SurgeryError: ``model`` is not a ``paddle.nn.Layer``, or does not run on ``inputs``.
+        InputError: ``inputs`` that are none, or a batch or world size below 1.
+        StatisticsError: statistics to freeze that are NaN, infinite or negative.
+        BackendError: pydantic or PyYAML, which policies need, is not installed.
+    """
+    try:
+        from flatwater.paddle.apply import apply_rules, as_policy
+    except ImportError as error:
+        raise BackendError(
+            f"{error.name} is not installed, which policies need; pip install pydantic pyyaml"
+        ) from error
+    rules = as_policy(policy)
+    example = None if inputs is None else as_inputs(inputs)
+    size = paddle.distributed.get_world_size() if world_size is None else world_size
+    return apply_rules(model, rules, inputs=example, batch_size=batch_size, world_size=size)

@@ -1,0 +1,132 @@
+"""What a policy has to know of a model and cannot read off its layers: batches, and the ends of residual blocks."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import paddle
+
+from flatwater.errors import SurgeryError
+from flatwater.paddle.recast import channels_of
+from flatwater.paddle.running import Inputs, _fixed_randomness, evaluating, flatten
+from flatwater.verify import one_line
+
+__all__ = ["Batch", "Probe", "probe"]
+
+
+class Batch(NamedTuple):
+    """What a norm layer got: samples, and values per channel of each."""
+
+    samples: int
+    positions: int
+
+
+class Probe(NamedTuple):
+    """What one run showed.
+
+    Attributes:
+        batches: the smallest that each norm layer got, by path; a layer that never ran is not in it.
+        block_ends: paths of the norms that end a residual block.
+    """
+
+    batches: dict[str, Batch]
+    block_ends: set[str]
+
+
+def probe(model: paddle.nn.Layer, norms: Mapping[str, Any], inputs: Inputs) -> Probe:
+    """Run the example inputs in ``eval()`` and look at the norms; nothing of the model is different afterwards.
+
+    A norm ends a residual block if what it writes, activated perhaps, is added to what the block read: to one of the
+    tensors that its own value was computed from, or to a projection of that with at most one norm, and fewer than the
+    branch itself has. A norm of ours to which the residual is handed ends its block as well.
+
+    Raises:
+        SurgeryError: the model does not run on the inputs.
+    """
+    batches: dict[str, Batch] = {}
+    ends: set[str] = set()
+    writers: dict[Any, str] = {}
+    args, kwargs = map(_traced, inputs.args), {name: _traced(tensor) for name, tensor in inputs.kwargs.items()}
+
+    def hook(path: str) -> Callable[..., None]:
+        def note(layer: paddle.nn.Layer, args: tuple[Any, ...], output: Any) -> None:
+            shape = list(args[0].shape)
+            batch = Batch(shape[0], math.prod(shape[1:]) // channels_of(layer))
+            batches[path] = min(batch, batches.get(path, batch))
+            if len(args) > 1 and isinstance(args[1], paddle.Tensor):
+                ends.add(path)
+            elif output.grad_fn is not None:
+                writers[output.grad_fn] = path
+
+        return note
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(evaluating(model))
+        stack.enter_context(_fixed_randomness())
+        for path, layer in norms.items():
+            stack.callback(layer.register_forward_post_hook(hook(path)).remove)
+        try:
+            outputs = flatten(model(*args, **kwargs))
+        except Exception as error:
+            raise SurgeryError(
+                f"{type(model).__name__} does not run on the inputs: {one_line(error)}; "
+                "give what you would call it with"
+            ) from error
+    return Probe(batches, ends | _block_ends([tensor.grad_fn for tensor in outputs], writers))
+
+
+def _traced(tensor: paddle.Tensor) -> paddle.Tensor:
+    """A tensor from which a graph begins, though every parameter may be frozen."""
+    copy = tensor.detach()
+    copy.stop_gradient = not copy.is_floating_point()
+    return copy
+
+
+def _block_ends(roots: list[Any], writers: Mapping[Any, str]) -> set[str]:
+    parents = _graph(roots)
+    ends = set()
+    for node, addends in parents.items():
+        if not node.name().startswith(("AddGradNode", "AddNGradNode")) or len(addends) < 2:
+            continue
+        pasts = [_past(parents, addend) for addend in addends]
+        for index, addend in enumerate(addends):
+            others = [past for other, past in enumerate(pasts) if other != index]
+            if addend in writers and all(_is_shortcut(pasts[index], past, writers) for past in others):
+                ends.add(writers[addend])
+    return ends
+
+
+def _is_shortcut(branch: set[Any], other: set[Any], writers: Mapping[Any, str]) -> bool:
+    """Whether the other addend goes around the branch, by the nodes from which each was computed."""
+    norms_of_other = sum(node in writers for node in other - branch)
+    return (
+        bool(branch & other)
+        and norms_of_other <= 1
+        and sum(node in writers for node in branch - other) > norms_of_other
+    )
+
+
+def _graph(roots: list[Any]) -> dict[Any, list[Any]]:
+    """Each node of the autograd graph, and those from which its operands come."""
+    parents: dict[Any, list[Any]] = {}
+    waiting = [root for root in roots if root is not None]
+    while waiting:
+        node = waiting.pop()
+        if node not in parents:
+            parents[node] = [parent for parent in node.next_functions if parent is not None]
+            waiting += parents[node]
+    return parents
+
+
+def _past(parents: Mapping[Any, list[Any]], node: Any) -> set[Any]:
+    past: set[Any] = set()
+    waiting = [node]
+    while waiting:
+        one = waiting.pop()
+        if one not in past:
+            past.add(one)
+            waiting += parents[one]
+    return past
