@@ -78,8 +78,8 @@ def test_every_field_is_set_and_said() -> None:
     assert model.head[1]._num_groups == 8
     text = str(report)
     assert "policy: 4 norm layers, 3 changed" in text
-    assert "body.1  BatchNorm2D -> GroupNorm  BatchNorm2D -> GroupNorm; a GroupNorm has no place" in text
-    assert "(norms.yaml, line 6)" in text
+    assert "body.1  BatchNorm2D -> GroupNorm  norm group_norm (norms.yaml, line 6)" in text
+    assert "note: a GroupNorm has no place for moving statistics; they are kept aside" in text
     assert "momentum 0.9 -> 0.8 (norms.yaml, line 2)" in text
     assert "note: a GroupNorm keeps no statistics, so no momentum" in text
     assert [norm["path"] for norm in report.as_dict()["norms"]] == ["stem.1", "body.1", "head.1", "head.2"]
@@ -412,6 +412,12 @@ def test_the_last_norm_of_a_residual_block_is_found_by_dataflow() -> None:
     assert zero == {"two.bn", "fused.bn", "last"}
     assert (model.two.bn.weight.numpy() == 0).all()
     assert (model.one.bn.weight.numpy() == 2).all()
+
+
+def test_a_branch_is_not_frozen_at_zero() -> None:
+    rules = "- zero_init_residual: true\n- match: last\n  norm: frozen"
+    with pytest.raises(ConfigError, match=r"norms.yaml, line 2: freezes γ of 'last' at 0, which norms.yaml, line 1 "):
+        fw.apply_policy(Residuals(), Policy.parse(rules, "norms.yaml"), inputs=example(2, 4, 5, 5))
 
 
 @pytest.mark.parametrize(

@@ -72,10 +72,11 @@ class _Work:
         self._batch_size = batch_size
         self._world_size = world_size
         self._frozen: dict[Freeze, list[str]] = {}
+        self._zeroed: set[str] = set()
         self._effects: set[tuple[int, str]] = set()
         self._reasons: dict[tuple[int, str], str] = {}
         # In the order in which they are done.
-        self._setters: dict[str, Callable[[str, Any, dict[str, Chosen]], str | None]] = {
+        self._setters: dict[str, Callable[[PolicyEntry, Any, dict[str, Chosen]], str | None]] = {
             "norm": self._set_norm,
             "groups": self._set_groups,
             "momentum": self._set_momentum,
@@ -97,7 +98,7 @@ class _Work:
                 continue
             rule = fields[name].rule
             try:
-                done = setter(path, layer, fields)
+                done = setter(entry, layer, fields)
             except _InapplicableError as error:
                 self._reasons[rule, name] = f"{path!r}: {error}"
                 if name != "zero_init_residual":  # which is for few layers by its nature
@@ -129,21 +130,18 @@ class _Work:
             else:
                 self.applied.postpone(what, paths)
 
-    def _set_norm(self, path: str, layer: Any, fields: dict[str, Chosen]) -> str | None:
+    def _set_norm(self, entry: PolicyEntry, layer: Any, fields: dict[str, Chosen]) -> str | None:
         wanted, why = fields["norm"].value, ""
         if wanted == "auto":
-            choice = self._choose(path, layer, fields["norm"].rule)
-            wanted, why = choice.kind, f", auto: {choice.reason}"
-        before, groups = type(layer).__name__, fields.get("groups")
+            choice = self._choose(entry.path, layer, fields["norm"].rule)
+            wanted, why = choice.kind, f", by auto: {choice.reason}"
         if wanted == "frozen":
-            return self._set_frozen(path, layer, fields)
-        if wanted == "group_norm":
-            note = recast(layer, wanted, groups=groups.value if groups else None)
-        else:
-            note = recast(layer, wanted)
-        if type(layer).__name__ == before:
-            return f"stays a {before}{why}" if why else None
-        return f"{before} -> {type(layer).__name__}{why}{f'; {note}' if note else ''}"
+            return self._set_frozen(entry, layer, fields)
+        groups = fields.get("groups") if wanted == "group_norm" else None
+        note = recast(layer, wanted, groups=groups.value if groups else None)
+        if note:
+            entry.notes.append(note)
+        return f"norm {wanted}{why}"
 
     def _choose(self, path: str, layer: Any, rule: int) -> Choice:
         kind = kind_of(layer)
@@ -159,7 +157,7 @@ class _Work:
             raise ConfigError(f"{where}: norm=auto needs to know the batch; give inputs= or batch_size=")
         return choose_norm(self._batch_size, self._world_size)
 
-    def _set_frozen(self, path: str, layer: Any, fields: dict[str, Chosen]) -> str | None:
+    def _set_frozen(self, entry: PolicyEntry, layer: Any, fields: dict[str, Chosen]) -> str | None:
         if is_recast(layer) and _memory_of(layer) is None:
             restore(layer)
         if not isinstance(layer, BATCH_NORMS):
@@ -169,7 +167,7 @@ class _Work:
             fields["freeze"] = Chosen(Freeze(what="both"), fields["norm"].rule)
         return None
 
-    def _set_groups(self, path: str, layer: Any, fields: dict[str, Chosen]) -> str | None:
+    def _set_groups(self, entry: PolicyEntry, layer: Any, fields: dict[str, Chosen]) -> str | None:
         if kind_of(layer) != "group_norm":
             raise _InapplicableError(f"a {type(layer).__name__} has no groups")
         groups = fields["groups"].value
@@ -177,56 +175,60 @@ class _Work:
         recast(layer, "group_norm", groups=groups)
         return f"groups {before} -> {groups}" if before != groups else f"groups {groups}"
 
-    def _set_momentum(self, path: str, layer: Any, fields: dict[str, Chosen]) -> str | None:
+    def _set_momentum(self, entry: PolicyEntry, layer: Any, fields: dict[str, Chosen]) -> str | None:
         if not isinstance(layer, BATCH_NORMS):
             raise _InapplicableError(f"a {type(layer).__name__} keeps no statistics, so no momentum")
         return _set_attribute(layer, "momentum", fields["momentum"].value)
 
-    def _set_epsilon(self, path: str, layer: Any, fields: dict[str, Chosen]) -> str | None:
+    def _set_epsilon(self, entry: PolicyEntry, layer: Any, fields: dict[str, Chosen]) -> str | None:
         return _set_attribute(layer, "epsilon", fields["epsilon"].value)
 
-    def _set_gamma(self, path: str, layer: Any, fields: dict[str, Chosen]) -> str | None:
+    def _set_gamma(self, entry: PolicyEntry, layer: Any, fields: dict[str, Chosen]) -> str | None:
         return _fill("γ", affine_of(layer)[0], layer, fields["gamma"].value)
 
-    def _set_beta(self, path: str, layer: Any, fields: dict[str, Chosen]) -> str | None:
+    def _set_beta(self, entry: PolicyEntry, layer: Any, fields: dict[str, Chosen]) -> str | None:
         return _fill("β", affine_of(layer)[1], layer, fields["beta"].value)
 
-    def _set_zero_init(self, path: str, layer: Any, fields: dict[str, Chosen]) -> str | None:
+    def _set_zero_init(self, entry: PolicyEntry, layer: Any, fields: dict[str, Chosen]) -> str | None:
         wanted, rule = fields["zero_init_residual"]
         if not wanted:
             return None
         if self._run is None:
             where = self.policy.place(rule, "zero_init_residual")
             raise ConfigError(f"{where}: where residual blocks end is seen from the dataflow only; give inputs=")
-        if path not in self._run.block_ends:
+        if entry.path not in self._run.block_ends:
             raise _InapplicableError("it is not the last norm of a residual block")
         done = _fill("γ", affine_of(layer)[0], layer, 0.0)
+        self._zeroed.add(entry.path)
         return f"{done}, the last norm of a residual block"
 
-    def _set_weight_decay(self, path: str, layer: Any, fields: dict[str, Chosen]) -> str | None:
+    def _set_weight_decay(self, entry: PolicyEntry, layer: Any, fields: dict[str, Chosen]) -> str | None:
         decay = fields["weight_decay"].value
         self.applied.learn(Learning(_affine(layer), weight_decay=decay))
         return f"weight decay {decay:g}"
 
-    def _set_factor(self, path: str, layer: Any, fields: dict[str, Chosen]) -> str | None:
+    def _set_factor(self, entry: PolicyEntry, layer: Any, fields: dict[str, Chosen]) -> str | None:
         factor = fields["learning_rate_factor"].value
         self.applied.learn(Learning(_affine(layer), factor=factor))
         return f"learning rate × {factor:g}"
 
-    def _set_float32(self, path: str, layer: Any, fields: dict[str, Chosen]) -> str | None:
+    def _set_float32(self, entry: PolicyEntry, layer: Any, fields: dict[str, Chosen]) -> str | None:
         keep = fields["keep_float32"].value
         mark_float32(layer, keep=keep)
         return "stays float32" if keep else "may leave float32"
 
-    def _set_freeze(self, path: str, layer: Any, fields: dict[str, Chosen]) -> str | None:
+    def _set_freeze(self, entry: PolicyEntry, layer: Any, fields: dict[str, Chosen]) -> str | None:
         freeze: Freeze = fields["freeze"].value
         if freeze.what == "none":
-            return "thawed" if thaw(self.applied.model, pattern=glob.escape(path)).changed else None
+            return "thawed" if thaw(self.applied.model, pattern=glob.escape(entry.path)).changed else None
         affine = freeze.affine and any(tensor is not None for tensor in affine_of(layer))
         statistics = freeze.statistics and isinstance(layer, BATCH_NORMS)
         if not (affine or statistics):
             raise _InapplicableError(f"this {type(layer).__name__} has nothing to freeze of {freeze.what}")
-        self._frozen.setdefault(freeze, []).append(path)
+        if affine and freeze.now and entry.path in self._zeroed:
+            here, there = (self.policy.place(fields[name].rule, name) for name in ("freeze", "zero_init_residual"))
+            raise ConfigError(f"{here}: freezes γ of {entry.path!r} at 0, which {there} makes it; drop one of them")
+        self._frozen.setdefault(freeze, []).append(entry.path)
         return (
             f"freeze {freeze}"
             if affine >= freeze.affine and statistics >= freeze.statistics
