@@ -35,8 +35,9 @@ def test_help_imports_no_framework() -> None:
 
 
 def test_host_names_every_setting() -> None:
-    result = run("host", COLUMNS="160")
+    result = run("host", COLUMNS="80")
     assert result.returncode == 0
+    assert all(len(line) <= 80 for line in result.stdout.splitlines())
     for decision in host.decisions():
         assert decision.variable in result.stdout
 
@@ -48,15 +49,21 @@ def test_host_says_the_same_to_a_machine() -> None:
     assert found["host"] == dataclasses.asdict(host.Host.look())
     settings = {setting["variable"]: setting for setting in found["settings"]}
     assert list(settings) == [decision.variable for decision in host.decisions()]
-    assert settings["OMP_NUM_THREADS"]["present"] == "7"
+    assert (settings["OMP_NUM_THREADS"]["present"], settings["OMP_NUM_THREADS"]["state"]) == ("7", "yours")
 
 
 def test_run_says_what_it_found_and_set_and_why() -> None:
-    result = run("run", "--", sys.executable, "-c", "pass", OMP_NUM_THREADS="7")
-    assert "OMP_NUM_THREADS" not in result.stderr, "the user's"
-    said = result.stderr.splitlines()
-    assert "processors" in said[0]
-    assert len(said) == 1 + len(host.missing(os.environ | {"OMP_NUM_THREADS": "7"}))
+    result = run("run", "--", sys.executable, "-c", "print('output')", OMP_NUM_THREADS="7", COLUMNS="160")
+    assert result.stdout == "output\n"
+    found, *settings = result.stderr.splitlines()
+    assert "CPU" in found
+    for line, decision in zip(settings, host.decisions(), strict=True):
+        setting, state, *_ = line.split()
+        if decision.variable == "OMP_NUM_THREADS":
+            assert (setting, state) == ("OMP_NUM_THREADS=7", "yours")
+        elif decision.value is not None:
+            assert setting == f"{decision.variable}={decision.value}"
+            assert state in ("set", "already")
 
 
 def test_run_passes_the_commands_own_options_and_exit_code_through() -> None:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,11 +11,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flatwater import host
-from flatwater.errors import BackendError
-from flatwater.host import Host
+from flatwater.host import Decision, Host
 from flatwater.host.facts import cpus_of
 
-AMD = Host("AuthenticAMD", True, 4, 4, 4, 16 << 30, "glibc", "", "/wheel/libmklml_intel.so")
+AMD = Host(
+    vendor="AuthenticAMD",
+    isa="avx2",
+    processors=4,
+    bound_to=4,
+    cores=4,
+    memory=16 << 30,
+    libc="glibc",
+    libc_version="2.36",
+    mkl="/wheel/libmklml_intel.so",
+)
 
 
 def values(of: Host) -> dict[str, str]:
@@ -56,7 +62,7 @@ def test_a_list_of_processors_is_read_as_the_kernel_writes_it(cpus: set[int]) ->
 
 def test_nothing_known_is_one_processor_each_and_no_setting_of_a_vendors(tmp_path: Path) -> None:
     found = Host.look(tmp_path, {})
-    assert (found.vendor, found.avx2, found.memory, found.allocator) == ("", False, 0, "")
+    assert (found.vendor, found.isa, found.memory, found.allocator, found.huge_pages) == ("", "", 0, "", "")
     assert found.processors == found.cores == found.bound_to >= 1
 
 
@@ -64,12 +70,25 @@ def test_processor_and_memory_are_read_from_proc(tmp_path: Path) -> None:
     root = lay(
         tmp_path,
         {
-            "proc/cpuinfo": "processor\t: 0\nvendor_id\t: AuthenticAMD\nflags\t\t: fpu avx avx2\n",
+            "proc/cpuinfo": "processor\t: 0\nvendor_id\t: AuthenticAMD\nflags\t\t: fpu avx fma avx2 avx512f\n",
             "proc/meminfo": "MemTotal:        2048 kB\nMemFree: 1 kB\n",
+            "sys/kernel/mm/transparent_hugepage/enabled": "always [madvise] never\n",
         },
     )
     found = Host.look(root, {})
-    assert (found.vendor, found.avx2, found.memory) == ("AuthenticAMD", True, 2 << 20)
+    assert (found.vendor, found.isa, found.memory, found.huge_pages) == ("AuthenticAMD", "avx2", 2 << 20, "madvise")
+
+
+def test_all_of_avx512_is_needed_for_its_name(tmp_path: Path) -> None:
+    flags = "fma avx2 avx512f avx512cd avx512bw avx512dq avx512vl"
+    assert Host.look(lay(tmp_path, {"proc/cpuinfo": f"flags : {flags}\n"}), {}).isa == "avx512"
+
+
+def test_musl_is_known_by_its_loader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.libc_ver", lambda: ("", ""))
+    assert Host.look(tmp_path, {}).libc == ""
+    maps = "7f0-7f1 r-xp 00000000 08:01 9  /lib/ld-musl-x86_64.so.1\n"
+    assert Host.look(lay(tmp_path, {"proc/self/maps": maps}), {}).libc == "musl"
 
 
 @pytest.mark.parametrize(
@@ -134,17 +153,27 @@ def test_a_preloaded_allocator_is_found(tmp_path: Path) -> None:
 # --- What follows from them -----------------------------------------------------------------------------
 
 
-def test_mkl_is_redirected_where_an_old_one_runs_on_amd_with_avx2() -> None:
+def test_mkl_is_redirected_where_an_old_one_runs_on_amd() -> None:
     assert values(AMD)["MKL_DEBUG_CPU_TYPE"] == "5"
-    assert "by itself" in why_not(replace(AMD, vendor="GenuineIntel"), "MKL_DEBUG_CPU_TYPE")
-    assert "AVX2" in why_not(replace(AMD, avx2=False), "MKL_DEBUG_CPU_TYPE")
+    assert values(replace(AMD, isa="avx512"))["MKL_DEBUG_CPU_TYPE"] == "7"
+    assert "AMD" in why_not(replace(AMD, vendor="GenuineIntel"), "MKL_DEBUG_CPU_TYPE")
+    assert "AVX2" in why_not(replace(AMD, isa=""), "MKL_DEBUG_CPU_TYPE")
     assert "no MKL" in why_not(replace(AMD, mkl=""), "MKL_DEBUG_CPU_TYPE")
 
 
 def test_allocator_thresholds_are_for_glibcs_malloc_only() -> None:
     assert values(AMD)["MALLOC_MMAP_THRESHOLD_"] == str(8 << 30)
-    assert "glibc" in why_not(replace(AMD, libc=""), "MALLOC_MMAP_THRESHOLD_")
-    assert "libjemalloc.so" in why_not(replace(AMD, allocator="libjemalloc.so"), "MALLOC_TRIM_THRESHOLD_")
+    assert "another" in why_not(replace(AMD, libc="", libc_version=""), "MALLOC_MMAP_THRESHOLD_")
+    assert "musl" in why_not(replace(AMD, libc="musl", libc_version=""), "MALLOC_MMAP_THRESHOLD_")
+    assert "libjemalloc.so" in why_not(replace(AMD, allocator="/x/libjemalloc.so"), "MALLOC_TRIM_THRESHOLD_")
+
+
+@pytest.mark.parametrize("version", ["2.17", "2.34", ""])
+def test_a_glibc_that_limits_the_threshold_is_told_never_to_map(version: str) -> None:
+    old = values(replace(AMD, libc_version=version))
+    assert old["MALLOC_MMAP_MAX_"] == "0"
+    assert "MALLOC_MMAP_THRESHOLD_" not in old, "it would be ignored, and 128 KiB stay"
+    assert "MALLOC_MMAP_MAX_" not in values(replace(AMD, libc_version="2.35"))
 
 
 def test_a_small_host_keeps_no_more_than_it_has() -> None:
@@ -162,68 +191,22 @@ def test_what_the_user_set_is_left_alone() -> None:
     assert "OMP_NUM_THREADS" not in {setting.variable for setting in host.missing({"OMP_NUM_THREADS": "1"})}
 
 
-# --- Into effect ----------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("environment", "state"),
+    [
+        ({}, "missing"),
+        ({"MALLOC_TOP_PAD_": "268435456"}, "already"),
+        ({"MALLOC_TOP_PAD_": "1"}, "yours"),
+        ({"GLIBC_TUNABLES": "glibc.malloc.check=3:glibc.malloc.top_pad=1"}, "yours"),
+        ({"GLIBC_TUNABLES": "glibc.malloc.trim_threshold=1"}, "missing"),
+    ],
+)
+def test_how_an_environment_stands_to_what_is_needed(environment: dict[str, str], state: str) -> None:
+    decision = {decision.variable: decision for decision in host.decisions(AMD)}["MALLOC_TOP_PAD_"]
+    assert host.standing(decision, environment) == state
 
 
-def run(code: str, **environment: str) -> str:
-    """What a process without any of the settings prints; it has no others than ``environment``."""
-    known = {decision.variable for decision in host.decisions()}
-    clean = {name: value for name, value in os.environ.items() if name not in known} | environment
-    result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, env=clean)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
-EFFECTS = "import json, flatwater as fw; print(json.dumps({e.variable: e.state for e in fw.host.tune()}))"
-
-
-def test_tune_sets_what_the_host_needs_before_a_framework_is_imported() -> None:
-    needed = {decision.variable: decision.value for decision in host.decisions()}
-    states = json.loads(run(EFFECTS))
-    assert states == {name: "not needed" if value is None else "set" for name, value in needed.items()}
-
-
-def test_tune_says_what_comes_too_late_after_paddle() -> None:
-    states = json.loads(run(f"import paddle; paddle.set_device('cpu')\n{EFFECTS}"))
-    assert states["OMP_NUM_THREADS"] == "too late"
-    assert states["MKL_DEBUG_CPU_TYPE"] in ("too late", "not needed")
-    assert states["MALLOC_TOP_PAD_"] in ("set", "not needed")
-
-
-def test_tune_keeps_what_the_user_set() -> None:
-    assert json.loads(run(EFFECTS, OMP_NUM_THREADS="7"))["OMP_NUM_THREADS"] == "yours"
-    assert json.loads(run(EFFECTS, MALLOC_TOP_PAD_="1"))["MALLOC_TOP_PAD_"] in ("yours", "not needed")
-
-
-@pytest.mark.skipif("MALLOC_MMAP_THRESHOLD_" not in values(Host.look()), reason="the allocator is not glibc's malloc")
-def test_freed_arrays_stay_in_the_process_once_it_is_tuned() -> None:
-    faults = json.loads(
-        run(
-            "import json, resource, numpy as np, flatwater as fw\n"
-            "def faults():\n"
-            "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-            "    for _ in range(4): np.ones(16 << 20, np.float32)\n"
-            "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
-            "untuned = faults()\n"
-            "fw.host.tune()\n"
-            "faults()\n"
-            "print(json.dumps([untuned, faults()]))"
-        )
-    )
-    # 64 MiB, four times: at least 32 pages each if they are huge ones, 16384 if not. Afterwards, next to none.
-    assert faults[0] >= 100
-    assert faults[1] <= 10
-
-
-def test_launch_runs_the_command_with_the_settings_and_keeps_the_users() -> None:
-    show = "import os; print(os.environ['OMP_NUM_THREADS'], sorted(k for k in os.environ if k.startswith('MALLOC_')))"
-    printed = run(
-        f"import sys; from flatwater import host; host.launch([sys.executable, '-c', {show!r}])", OMP_NUM_THREADS="7"
-    )
-    expected = sorted(setting.variable for setting in host.settings() if setting.variable.startswith("MALLOC"))
-    assert printed.strip() == f"7 {expected}"
-
-
-def test_a_program_that_does_not_exist_is_named() -> None:
-    with pytest.raises(BackendError, match="no-such-program"):
-        host.launch(["no-such-program"])
+def test_what_is_set_though_not_needed_is_the_users() -> None:
+    decision = Decision("MKL_DEBUG_CPU_TYPE", None, "no need")
+    assert host.standing(decision, {}) == "not needed"
+    assert host.standing(decision, {"MKL_DEBUG_CPU_TYPE": "5"}) == "yours"

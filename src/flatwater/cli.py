@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import NoReturn
 
 import click
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -94,53 +93,72 @@ def flatwater_command() -> None:
 
 
 @flatwater_command.command("host")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of tables.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of a table.")
 def host_command(as_json: bool) -> None:
     """Print what this host is, what it needs to train fast, and what of that is set; changes nothing."""
     found = host.Host.look()
-    decisions = [
-        {**decision._asdict(), "present": os.environ.get(decision.variable)} for decision in host.decisions(found)
-    ]
     if as_json:
-        print(json.dumps({"host": dataclasses.asdict(found), "settings": decisions}, ensure_ascii=False))
+        settings = [
+            {
+                **decision._asdict(),
+                "present": host.present(decision.variable, os.environ),
+                "state": host.standing(decision, os.environ),
+            }
+            for decision in host.decisions(found)
+        ]
+        print(json.dumps({"host": dataclasses.asdict(found), "settings": settings}, ensure_ascii=False))
         return
     console = Console()
-    console.print(f"[bold]Found[/] {_describe(found)}", highlight=False)
-    table = Table("variable", "value", "state", "why", box=box.SIMPLE_HEAD, pad_edge=False)
-    for decision in decisions:
-        value, present = decision["value"], decision["present"]
-        state = "not needed" if value is None else "not set"
-        if present is not None:
-            state = "set" if present == value else f"yours: {present}"
-        table.add_row(decision["variable"], value or "–", state, decision["reason"])
-    console.print(table)
-    console.print(
-        "flatwater run -- COMMAND runs a command with what is not set; what you have set yourself is kept.",
-        highlight=False,
-    )
-
-
-def _describe(found: host.Host) -> str:
-    """In one line."""
-    many = f"{found.processors} processor{'s' * (found.processors > 1)}"
-    limited = f" of {found.bound_to}" if found.processors < found.bound_to else ""
-    shared = f" on {found.cores} cores" if found.cores < found.bound_to else ""
-    memory = f"{found.memory / 2**30:.0f} GiB of memory" if found.memory else "memory unknown"
-    return (
-        f"{many}{limited}{shared} ({found.vendor or 'vendor unknown'}{', AVX2' if found.avx2 else ''}), {memory}, "
-        f"{found.allocator or found.libc or 'another C library'}'s malloc, "
-        f"{'an MKL of 2019' if found.mkl else 'no old MKL'}"
-    )
+    _print_host(console, found, missing="missing")
+    console.print("\n[dim]flatwater run -- COMMAND sets what is missing, and keeps what is yours.[/]", highlight=False)
 
 
 @flatwater_command.command("run", context_settings={"ignore_unknown_options": True})
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 def run_command(command: tuple[str, ...]) -> None:
-    """Run COMMAND in the environment this host needs: flatwater run -- python train.py."""
-    _complain(f"found {_describe(host.Host.look())}")
-    for setting in host.missing(os.environ):
-        _complain(f"{setting.variable}={setting.value} ({setting.reason})")
+    """Run COMMAND in the environment this host needs: flatwater run -- python train.py.
+
+    What it found and set goes to standard error. A variable that is set already is kept: give OMP_NUM_THREADS yourself
+    where several processes share the machine.
+    """
+    _print_host(Console(stderr=True), host.Host.look(), missing="set")
     host.launch(command)
+
+
+def _print_host(console: Console, found: host.Host, *, missing: str) -> None:
+    """What was found on one line, then one for each setting; ``missing`` is the word for what is not there yet."""
+    console.print(f"[bold]flatwater:[/] {_describe(found)}", highlight=False)
+    table = Table.grid("setting", "state", "why", padding=(0, 2, 0, 0))
+    table.columns[0].no_wrap = table.columns[1].no_wrap = True
+    for decision in host.decisions(found):
+        variable, value, reason = decision
+        state = host.standing(decision, os.environ)
+        if state == "yours":
+            needed = f"this host needs {value}" if value else reason
+            value, reason = host.present(variable, os.environ), f"kept; {needed}"
+        style = {"missing": "bold", "yours": "yellow"}.get(state, "dim")
+        shown = missing if state == "missing" else state
+        table.add_row(variable if value is None else f"{variable}={value}", shown, reason, style=style)
+    console.print(table)
+
+
+def _describe(found: host.Host) -> str:
+    """In one line."""
+    limited = f" of {found.bound_to}" if found.processors < found.bound_to else ""
+    kind = [
+        found.vendor.removeprefix("Authentic").removeprefix("Genuine"),
+        {"avx512": "AVX-512", "avx2": "AVX2"}.get(found.isa, ""),
+        f"{found.cores} cores" if found.cores < found.bound_to else "",
+    ]
+    parts = [
+        f"{found.processors}{limited} CPU{'s' * (found.bound_to > 1)} ({', '.join(filter(None, kind)) or 'unknown'})",
+        f"{found.memory / 2**30:.0f} GiB" if found.memory else "memory unknown",
+        f"{found.libc or 'unknown C library'} {found.libc_version}".strip(),
+        f"malloc of {Path(found.allocator).name}" if found.allocator else "",
+        "MKL 2019" if found.mkl else "",
+        f"THP {found.huge_pages}" if found.huge_pages else "",
+    ]
+    return ", ".join(filter(None, parts))
 
 
 @flatwater_command.group("ocr")

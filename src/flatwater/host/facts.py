@@ -1,4 +1,4 @@
-"""What there is: processors, limits, C library, allocator, MKL."""
+"""What there is: processors, limits, memory, C library, allocator, MKL."""
 
 from __future__ import annotations
 
@@ -12,6 +12,12 @@ from pathlib import Path
 
 __all__ = ["Host", "cpus_of", "old_mkl"]
 
+# What a processor must have for the kernels of that name, by its flags in /proc/cpuinfo; the best first.
+_INSTRUCTIONS = {
+    "avx512": {"avx512f", "avx512cd", "avx512bw", "avx512dq", "avx512vl"},
+    "avx2": {"avx2", "fma"},
+}
+
 _ALLOCATORS = ("jemalloc", "mimalloc", "snmalloc", "tbbmalloc", "tcmalloc")
 
 
@@ -21,23 +27,27 @@ class Host:
 
     Attributes:
         vendor: of the processor, as ``/proc/cpuinfo`` has it: ``"AuthenticAMD"``; empty where unknown.
-        avx2: whether the processor has AVX2.
+        isa: its best instruction set: ``"avx512"``, ``"avx2"``, or empty for another.
         processors: how many this process may use: those it is bound to, within the limits of its control groups.
         bound_to: how many it is bound to.
         cores: how many cores these are; fewer than processors where cores are shared (hyper-threading).
         memory: bytes that this process may use, by the machine and its control groups; 0 where unknown.
-        libc: the C library: ``"glibc"``, else what :func:`platform.libc_ver` says of it.
+        huge_pages: when the kernel gives transparent ones: ``"always"``, ``"madvise"``, ``"never"``, empty if unknown.
+        libc: the C library: ``"glibc"``, ``"musl"``, empty for another.
+        libc_version: its version, empty where unknown.
         allocator: the preloaded library that replaces its ``malloc``, empty if there is none.
         mkl: the file of an MKL that reads MKL_DEBUG_CPU_TYPE, empty if there is none.
     """
 
     vendor: str = ""
-    avx2: bool = False
+    isa: str = ""
     processors: int = 1
     bound_to: int = 1
     cores: int = 1
     memory: int = 0
+    huge_pages: str = ""
     libc: str = ""
+    libc_version: str = ""
     allocator: str = ""
     mkl: str = ""
 
@@ -47,14 +57,17 @@ class Host:
         cpuinfo = _text(root / "proc/cpuinfo")
         affinity = getattr(os, "sched_getaffinity", None)
         bound = frozenset(affinity(0)) if affinity else frozenset(range(os.cpu_count() or 1))
+        libc, version = _libc(root)
         return cls(
             vendor=_field(cpuinfo, "vendor_id"),
-            avx2="avx2" in _field(cpuinfo, "flags").split(),
+            isa=_isa(_field(cpuinfo, "flags")),
             processors=min([len(bound), *_cpu_limits(root)]),
             bound_to=len(bound),
             cores=_cores(root, bound),
             memory=min([limit for limit in (_memory_total(root), *_memory_limits(root)) if limit], default=0),
-            libc=platform.libc_ver()[0],
+            huge_pages=_chosen(_text(root / "sys/kernel/mm/transparent_hugepage/enabled")),
+            libc=libc,
+            libc_version=version,
             allocator=_allocator(root, environment),
             mkl=old_mkl(),
         )
@@ -63,7 +76,7 @@ class Host:
 def old_mkl() -> str:
     """The MKL of Paddle's CPU wheel, found without importing Paddle.
 
-    It is MKLML, whose last release is from 2019; MKL ignores MKL_DEBUG_CPU_TYPE since its version 2020.1.
+    It is MKLML, which ended with MKL 2019.0.5; MKL ignores MKL_DEBUG_CPU_TYPE since its version 2020.1.
     """
     paddle = importlib.util.find_spec("paddle")
     for folder in (paddle.submodule_search_locations or ()) if paddle else ():
@@ -84,6 +97,23 @@ def cpus_of(text: str) -> frozenset[int]:
         first, _, last = part.partition("-")
         found.update(range(int(first), int(last or first) + 1))
     return frozenset(found)
+
+
+def _isa(flags: str) -> str:
+    return next((name for name, needed in _INSTRUCTIONS.items() if needed <= set(flags.split())), "")
+
+
+def _libc(root: Path) -> tuple[str, str]:
+    """Its name and version. Python knows musl since 3.13 only, but its loader is mapped into every process."""
+    name, version = platform.libc_ver()
+    if not name and "/ld-musl-" in _text(root / "proc/self/maps"):
+        return "musl", ""
+    return name, version
+
+
+def _chosen(alternatives: str) -> str:
+    """Of ``always [madvise] never``, what stands in brackets."""
+    return alternatives.partition("[")[2].partition("]")[0]
 
 
 def _cores(root: Path, bound: frozenset[int]) -> int:

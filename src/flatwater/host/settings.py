@@ -5,15 +5,40 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, NoReturn
+from pathlib import Path
+from typing import Literal, NamedTuple, NoReturn
 
 from flatwater.errors import BackendError
 from flatwater.host.facts import Host
 
-__all__ = ["ALLOCATOR", "Decision", "Setting", "decisions", "launch", "missing", "settings"]
+__all__ = [
+    "MALLOC",
+    "Decision",
+    "Setting",
+    "State",
+    "decisions",
+    "launch",
+    "missing",
+    "present",
+    "settings",
+    "standing",
+]
 
-ALLOCATOR = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_")
-"""What glibc's malloc reads when a process starts: see mallopt(3)."""
+MALLOC = {
+    "MALLOC_MMAP_THRESHOLD_": "glibc.malloc.mmap_threshold",
+    "MALLOC_MMAP_MAX_": "glibc.malloc.mmap_max",
+    "MALLOC_TRIM_THRESHOLD_": "glibc.malloc.trim_threshold",
+    "MALLOC_TOP_PAD_": "glibc.malloc.top_pad",
+}
+"""What glibc's malloc reads when a process starts, and by which name GLIBC_TUNABLES sets the same: see mallopt(3)."""
+
+# An older glibc silently ignores an mmap threshold of more than 32 MiB (commit 0a4df6f534 removed the limit).
+_UNLIMITED_SINCE = (2, 35)
+
+# How MKL_DEBUG_CPU_TYPE names its code paths.
+_MKL_PATHS = {"avx512": "7", "avx2": "5"}
+
+State = Literal["set", "already", "yours", "missing", "too late", "not needed"]
 
 
 class Setting(NamedTuple):
@@ -49,7 +74,28 @@ def settings(host: Host | None = None) -> list[Setting]:
 
 def missing(environment: Mapping[str, str]) -> list[Setting]:
     """Those of :func:`settings` about which ``environment`` says nothing yet."""
-    return [setting for setting in settings() if setting.variable not in environment]
+    return [setting for setting in settings() if present(setting.variable, environment) is None]
+
+
+def present(variable: str, environment: Mapping[str, str]) -> str | None:
+    """What ``environment`` says about a setting, by its variable or through GLIBC_TUNABLES; None if nothing."""
+    if variable in environment:
+        return environment[variable]
+    for assignment in environment.get("GLIBC_TUNABLES", "").split(":"):
+        name, equals, value = assignment.partition("=")
+        if equals and name == MALLOC.get(variable):
+            return value
+    return None
+
+
+def standing(decision: Decision, environment: Mapping[str, str]) -> State:
+    """How ``environment`` stands to what is needed: ``"not needed"``, ``"missing"``, ``"already"`` or ``"yours"``."""
+    found = present(decision.variable, environment)
+    if decision.value is None:
+        return "not needed" if found is None else "yours"
+    if found is None:
+        return "missing"
+    return "already" if found == decision.value else "yours"
 
 
 def launch(command: Sequence[str]) -> NoReturn:
@@ -70,38 +116,48 @@ def launch(command: Sequence[str]) -> NoReturn:
 
 
 def _allocator(host: Host) -> list[Decision]:
+    """The thresholds, unless another malloc than glibc's is in use.
+
+    Not among them is ``glibc.malloc.hugetlb``, which asks for transparent huge pages: once memory stays in the process
+    they made no step of the three networks in :mod:`benchmarks.host` faster.
+    """
+    unused = ""
     if host.libc != "glibc":
-        return [
-            Decision(name, None, f"only glibc reads it; here is {host.libc or 'another C library'}")
-            for name in ALLOCATOR
-        ]
-    if host.allocator:
-        return [Decision(name, None, f"{host.allocator} replaces glibc's malloc") for name in ALLOCATOR]
+        unused = f"only glibc reads it, this is {host.libc or 'another C library'}"
+    elif host.allocator:
+        unused = f"{Path(host.allocator).name} replaces glibc's malloc"
+    if unused:
+        names = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_")
+        return [Decision(name, None, unused) for name in names]
     most = host.memory or 16 << 30  # more than there is would say nothing else
-    values = (min(8 << 30, most), min(16 << 30, most), min(256 << 20, most >> 6))
-    reasons = (
-        "freed tensors stay in the process: the next ones take no page faults",
-        "and are not handed back to the system from the end of the heap either",
-        "the heap grows in large steps",
-    )
-    return [Decision(*each) for each in zip(ALLOCATOR, map(str, values), reasons, strict=True)]
+    keep, limit = "MALLOC_MMAP_THRESHOLD_", min(8 << 30, most)
+    if _version(host.libc_version) < _UNLIMITED_SINCE:
+        keep, limit = "MALLOC_MMAP_MAX_", 0  # no block is mapped by itself, whatever its size
+    return [
+        Decision(keep, str(limit), "freed tensors stay: no page faults"),
+        Decision("MALLOC_TRIM_THRESHOLD_", str(min(16 << 30, most)), "also at the heap's end"),
+        Decision("MALLOC_TOP_PAD_", str(min(256 << 20, most >> 6)), "the heap grows in large steps"),
+    ]
+
+
+def _version(text: str) -> tuple[int, ...]:
+    """``"2.36"`` as (2, 36); an unknown one is the oldest."""
+    return tuple(int(part) for part in text.split(".") if part.isdigit())
 
 
 def _threads(host: Host) -> Decision:
-    reason = f"this process may use {host.processors} processors"
-    if host.cores < host.bound_to:
-        reason += f", threads of {host.cores} cores"
+    reason = "one a processor; Paddle takes 1"
     if host.processors < host.bound_to:
-        reason += f" of {host.bound_to}, by the limit of its control group"
-    return Decision("OMP_NUM_THREADS", str(host.processors), f"{reason}; Paddle alone would take one")
+        reason = f"a control group limits {host.bound_to} processors to {host.processors}"
+    return Decision("OMP_NUM_THREADS", str(host.processors), reason)
 
 
 def _mkl(host: Host) -> Decision:
     name = "MKL_DEBUG_CPU_TYPE"
-    if host.vendor != "AuthenticAMD":
-        return Decision(name, None, "MKL takes its fast path on this processor by itself")
-    if not host.avx2:
-        return Decision(name, None, "the path it selects needs AVX2, which this processor lacks")
     if not host.mkl:
         return Decision(name, None, "no MKL that reads it is installed here")
-    return Decision(name, "5", "Paddle's MKL takes a slow path on AMD unless told to take AVX2's")
+    if host.vendor != "AuthenticAMD":
+        return Decision(name, None, "only processors of AMD are known to need it")
+    if host.isa not in _MKL_PATHS:
+        return Decision(name, None, "the paths it selects need AVX2, which this processor lacks")
+    return Decision(name, _MKL_PATHS[host.isa], "MKL's slow path on AMD otherwise")

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Container, Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from flatwater.host.facts import Host
-from flatwater.host.settings import ALLOCATOR, Decision, decisions
+from flatwater.host.settings import MALLOC, Decision, State, decisions, present, standing
 
-__all__ = ["Effect", "State", "tune"]
+__all__ = ["Effect", "tune"]
 
-State = Literal["set", "already", "yours", "too late", "not needed"]
-
-# Parameters of mallopt(3), from malloc.h; it takes them as int, so no value is larger than 2 GiB.
-_MALLOPT = dict(zip(ALLOCATOR, (-3, -1, -2), strict=True))
+# Parameters of mallopt(3), from malloc.h.
+_MALLOPT = dict(zip(MALLOC, (-3, -4, -1, -2), strict=True))
 _LARGEST_INT = 2**31 - 1
 
-_OPENMP = ("libgomp", "libiomp", "libomp")
+_OPENMP = ("libgomp", "libiomp5", "libomp", "libomp5")
+
+_RESTART = "start it by `flatwater run -- python ...`"
 
 
 class Effect(NamedTuple):
@@ -30,7 +31,7 @@ class Effect(NamedTuple):
         variable: the environment variable by whose name the setting goes.
         value: what this host needs; None if nothing.
         state: ``"set"``: now in effect. ``"already"``: it was. ``"yours"``: the environment says something else, which
-            was kept. ``"too late"``: what would read it has been loaded. ``"not needed"``: it would not help here.
+            was kept. ``"too late"``: what reads it has read it. ``"not needed"``: it would not help here.
         reason: why, and what to do where it is too late.
     """
 
@@ -43,64 +44,75 @@ class Effect(NamedTuple):
 def tune() -> list[Effect]:
     """Put into effect, in this process, what its host needs, as far as that is still possible, and say what is not.
 
-    Call it before ``import paddle``. Then everything can be set: the allocator through ``mallopt`` (which holds for
-    the main thread's heap, and for blocks up to 2 GiB), the others in the environment, which child processes inherit.
-    After ``import paddle`` only the allocator can: OpenMP and MKL have read theirs.
+    * The allocator is told through ``mallopt``, at any time. Its values are C ints; what is larger becomes -1, no
+      limit. As with the environment, it holds for the heap of the main thread: other threads' heaps are 64 MiB each,
+      and what does not fit there is mapped by itself.
+    * Threads: each OpenMP runtime that is loaded is told through ``omp_set_num_threads``, which holds for the thread
+      that calls ``tune``, and the environment tells those that come.
+    * MKL reads its variable at its first use; Paddle loads it then, and not when it is imported. After that it is
+      too late.
+
+    So the best place for the call is the first line of a program, and one before the first tensor will do.
 
     Returns:
         One effect for each setting; nothing is lost without a word.
     """
-    return [_effect(decision) for decision in decisions(Host.look())]
+    loaded = _loaded()
+    return [_effect(decision, loaded) for decision in decisions(Host.look())]
 
 
-def _effect(decision: Decision) -> Effect:
+def _effect(decision: Decision, loaded: Mapping[str, Path]) -> Effect:
     variable, value, reason = decision
-    if value is None:
-        return Effect(variable, value, "not needed", reason)
-    present = os.environ.get(variable)
-    if present is not None and not _is_paddles(variable, present):
-        return Effect(variable, value, "already" if present == value else "yours", f"the environment says {present}")
-    if variable in _MALLOPT:
-        apply: Callable[[str, str], bool] = _mallopt
+    state = standing(decision, os.environ)
+    if variable == "OMP_NUM_THREADS" and state == "yours" and _is_paddles(loaded):
+        state = "missing"
+    if value is None or state != "missing":
+        found = present(variable, os.environ)
+        return Effect(variable, value, state, reason if found is None else f"the environment says {found}")
+    if variable in MALLOC:
+        late = "" if _mallopt(variable, int(value)) else "this C library does not take it any more"
+    elif variable == "OMP_NUM_THREADS":
+        late = _set_threads(int(value), loaded)
     else:
-        late = _reader(variable)
-        if late:
-            return Effect(
-                variable,
-                value,
-                "too late",
-                f"{late} has read it; start with `flatwater run -- python ...`, or call tune() before `import paddle`",
-            )
-        apply = _setenv
-    if not apply(variable, value):
-        return Effect(variable, value, "too late", "the C library refused it; start with `flatwater run -- python ...`")
+        late = next((f"{name} has read it" for name in loaded if name.startswith("libmklml")), "")
+    if late:
+        return Effect(variable, value, "too late", f"{late}; {_RESTART}")
+    if variable not in MALLOC:
+        os.environ[variable] = value
     return Effect(variable, value, "set", reason)
 
 
-def _mallopt(variable: str, value: str) -> bool:
+def _mallopt(variable: str, value: int) -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and mallopt(_MALLOPT[variable], min(int(value), _LARGEST_INT)) == 1
+    return mallopt is not None and mallopt(_MALLOPT[variable], value if value <= _LARGEST_INT else -1) == 1
 
 
-def _setenv(variable: str, value: str) -> bool:
-    os.environ[variable] = value
-    return True
+def _set_threads(count: int, loaded: Mapping[str, Path]) -> str:
+    """Tell every OpenMP runtime in this process; returns what is wrong with the first that does not follow."""
+    for runtime in _runtimes(loaded):
+        runtime.omp_set_num_threads(count)
+        if runtime.omp_get_max_threads() != count:
+            return f"an OpenMP runtime keeps to {runtime.omp_get_max_threads()} threads"
+    return ""
 
 
-def _is_paddles(variable: str, present: str) -> bool:
-    """Whether the value is the one that Paddle sets when it is imported and nobody has set another."""
-    if variable != "OMP_NUM_THREADS" or present != "1" or "paddle" not in sys.modules:
-        return False
-    initial = Path("/proc/self/environ")
-    return initial.exists() and b"OMP_NUM_THREADS=" not in initial.read_bytes()
+def _is_paddles(loaded: Mapping[str, Path]) -> bool:
+    """Whether OMP_NUM_THREADS is the 1 that Paddle sets at the end of its import because nobody has set anything.
+
+    GNU's runtime, which that import loads earlier, has then not read it.
+    """
+    saw = [runtime.omp_get_max_threads() for runtime in _runtimes(loaded, ("libgomp",))]
+    return "paddle" in sys.modules and os.environ["OMP_NUM_THREADS"] == "1" and min(saw, default=1) > 1
 
 
-def _reader(variable: str) -> str:
-    """What is loaded in this process and has read the variable; empty if nothing has."""
-    if "paddle" in sys.modules:
-        return "Paddle"
-    if variable != "OMP_NUM_THREADS":
-        return ""
+def _runtimes(loaded: Mapping[str, Path], names: Container[str] = _OPENMP) -> list[ctypes.CDLL]:
+    # PyTorch and others bring a copy under a name like libgomp-a34b3233.so.1.
+    return [ctypes.CDLL(str(file)) for name, file in loaded.items() if re.split(r"[-.]", name)[0] in names]
+
+
+def _loaded() -> dict[str, Path]:
+    """The shared libraries of this process, by their file names."""
     maps = Path("/proc/self/maps")
-    loaded = maps.read_text(encoding="utf-8", errors="replace") if maps.exists() else ""
-    return next((f"an OpenMP runtime ({name})" for name in _OPENMP if f"/{name}" in loaded), "")
+    lines = maps.read_text(encoding="utf-8", errors="replace").splitlines() if maps.exists() else []
+    files = (Path(fields[5]) for line in lines if len(fields := line.split(maxsplit=5)) == 6)
+    return {file.name: file for file in files if ".so" in file.name and not file.name.endswith("(deleted)")}

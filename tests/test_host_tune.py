@@ -1,0 +1,115 @@
+"""What the host needs, put into effect: in a process that runs already, and in one that is started."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from flatwater import host
+from flatwater.errors import BackendError
+from flatwater.host import Host
+
+NEEDED = {setting.variable: setting.value for setting in host.settings()}
+
+
+def run(code: str, **environment: str) -> str:
+    """What a process without any of the settings prints; of them it has those in ``environment`` alone."""
+    known = {decision.variable for decision in host.decisions()}
+    clean = {name: value for name, value in os.environ.items() if name not in known} | environment
+    result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, env=clean)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+EFFECTS = "import json, flatwater as fw; print(json.dumps({e.variable: e.state for e in fw.host.tune()}))"
+
+
+def test_tune_sets_what_the_host_needs_before_a_framework_is_imported() -> None:
+    needed = {decision.variable: decision.value for decision in host.decisions()}
+    states = json.loads(run(EFFECTS))
+    assert states == {name: "not needed" if value is None else "set" for name, value in needed.items()}
+
+
+def test_tune_says_what_comes_too_late_once_mkl_is_loaded() -> None:
+    states = json.loads(
+        run(f"import paddle; paddle.set_device('cpu')\npaddle.ones([2, 2]) @ paddle.ones([2, 2])\n{EFFECTS}")
+    )
+    assert states["MKL_DEBUG_CPU_TYPE"] in ("too late", "not needed")
+    assert states["OMP_NUM_THREADS"] in ("set", "already"), "there is a call for that; already: one processor"
+    assert states["MALLOC_TOP_PAD_"] in ("set", "not needed")
+
+
+def test_after_paddles_import_threads_and_mkl_can_still_be_told() -> None:
+    threads, maps, states = json.loads(
+        run(
+            "import json, os, paddle, flatwater as fw\n"
+            "paddle.set_device('cpu')\n"
+            "states = {effect.variable: effect.state for effect in fw.host.tune()}\n"
+            "from flatwater.host.tune import _loaded, _runtimes\n"
+            "threads = [runtime.omp_get_max_threads() for runtime in _runtimes(_loaded())]\n"
+            "print(json.dumps([threads, list(_loaded()), states]))"
+        )
+    )
+    assert not any(name.startswith("libmklml") for name in maps), "it has read nothing yet"
+    assert set(states.values()) <= {"set", "already", "not needed"}
+    assert set(threads) == {Host.look().processors}
+
+
+@pytest.mark.parametrize("before", ["", "import os; os.environ['OMP_NUM_THREADS'] = '1'\n"])
+def test_one_thread_of_the_users_is_not_taken_for_paddles(before: str) -> None:
+    environment = {} if before else {"OMP_NUM_THREADS": "1"}
+    states = json.loads(run(f"{before}import paddle; paddle.set_device('cpu')\n{EFFECTS}", **environment))
+    assert states["OMP_NUM_THREADS"] == ("already" if Host.look().processors == 1 else "yours")
+
+
+def test_tune_keeps_what_the_user_set() -> None:
+    assert json.loads(run(EFFECTS, OMP_NUM_THREADS="7"))["OMP_NUM_THREADS"] == "yours"
+    assert json.loads(run(EFFECTS, MALLOC_TOP_PAD_="1"))["MALLOC_TOP_PAD_"] in ("yours", "not needed")
+
+
+@pytest.mark.skipif("MALLOC_TRIM_THRESHOLD_" not in NEEDED, reason="the allocator is not glibc's malloc")
+@pytest.mark.parametrize(
+    "allocate",
+    [
+        "import numpy\ndef allocate(): numpy.ones(16 << 20, numpy.float32)\n",
+        "import paddle\npaddle.set_device('cpu')\ndef allocate(): paddle.ones([16 << 20])\n",
+    ],
+    ids=["numpy", "paddle"],
+)
+def test_freed_arrays_stay_in_the_process_once_it_is_tuned(allocate: str) -> None:
+    faults = json.loads(
+        run(
+            f"{allocate}"
+            "import json, resource, flatwater as fw\n"
+            "def faults():\n"
+            "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+            "    for _ in range(4): allocate()\n"
+            "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+            "faults()\n"
+            "untuned = faults()\n"
+            "fw.host.tune()\n"
+            "faults()\n"
+            "print(json.dumps([untuned, faults()]))"
+        )
+    )
+    # 64 MiB, four times: at least 32 pages each if they are huge ones, 16384 if not. Afterwards, next to none.
+    assert faults[0] >= 100
+    assert faults[1] <= 10
+
+
+def test_launch_runs_the_command_with_the_settings_and_keeps_the_users() -> None:
+    show = "import os; print(os.environ['OMP_NUM_THREADS'], sorted(k for k in os.environ if k.startswith('MALLOC_')))"
+    printed = run(
+        f"import sys; from flatwater import host; host.launch([sys.executable, '-c', {show!r}])", OMP_NUM_THREADS="7"
+    )
+    expected = sorted(name for name in NEEDED if name.startswith("MALLOC_"))
+    assert printed.strip() == f"7 {expected}"
+
+
+def test_a_program_that_does_not_exist_is_named() -> None:
+    with pytest.raises(BackendError, match="no-such-program"):
+        host.launch(["no-such-program"])
