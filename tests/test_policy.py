@@ -169,6 +169,8 @@ def test_yaml_merge_keys_keep_their_lines_and_are_no_repetition() -> None:
     assert place_of(document, ("other", "b")) == "f.yaml, line 6"
     assert place_of(document, ("other", "a")) == "f.yaml, line 5"
     assert place_of({"no": {"file": 1}}, ("no", "file")) is None
+    document.override("base", 3)
+    assert place_of(document, ("base",)) is None
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,11 @@ class LinedDict(dict[Any, Any]):
         """``"norms.yaml, line 7"``: where the key stands, or else the mapping begins."""
         return f"{self.source}, line {self.lines.get(key, self.line)}"
 
+    def override(self, key: str, value: Any) -> None:
+        """Set a value that is not the file's."""
+        self[key] = value
+        self.lines.pop(key, None)
+
 
 def read_yaml(path: Path) -> Any:
     """What a YAML file says; every mapping in it is a :class:`LinedDict`.
@@ -70,11 +75,13 @@ def parse_yaml(text: str, source: str) -> Any:
 def place_of(document: Any, location: Sequence[int | str]) -> str | None:
     """Where a value within a document stands: that of its key, or of the nearest mapping around it that has a line.
 
-    None if nothing around it came from a file.
+    None for what came from elsewhere: it is in a mapping that knows no line of it.
     """
     place = None
     for step in location:
         if isinstance(document, LinedDict):
+            if step in document and step not in document.lines:
+                return None
             place = document.place(step)
         try:
             document = document[step]
@@ -120,6 +127,7 @@ class _Loader(yaml.SafeLoader):
         data.source, data.line, data.lines = self._source, node.start_mark.line + 1, self._lines[id(node)]
         yield data  # before its values, which may refer to it
         data.update(self.construct_mapping(node))
+        data.lines = {**dict.fromkeys(data, data.line), **data.lines}  # merged keys are where the mapping is
 
 
 _Loader.add_constructor("tag:yaml.org,2002:map", _Loader.construct_lined)

@@ -117,9 +117,9 @@ class Freeze(_Model):
     @model_validator(mode="after")
     def _consistent(self) -> Freeze:
         if self.from_step is not None and self.from_epoch is not None:
-            raise contradiction("from_epoch", "from_step and from_epoch contradict each other; keep one of them")
+            raise contradiction("from_step and from_epoch contradict each other; keep one of them", "from_epoch")
         if self.what == "none" and not self.now:
-            raise contradiction("what", "none is not frozen from any time on; drop that, or say what to freeze")
+            raise contradiction("none is not frozen from any time on; drop that, or say what to freeze", "what")
         return self
 
     @model_serializer
@@ -171,14 +171,14 @@ class Rule(_Model):
     def _remember_lines(cls, data: Any, validate: Any) -> Rule:
         for own, theirs in _ALIASES.items() if isinstance(data, Mapping) else ():
             if own in data and theirs in data:
-                raise contradiction(theirs, f"{own} and {theirs} are two names of one setting; keep one of them")
+                raise contradiction(f"{own} and {theirs} are two names of one setting; keep one of them", theirs)
         rule: Rule = validate(data)
         if isinstance(data, LinedDict):
             rule._origin = data
         if not rule.settings():
             raise ValueError(f"sets nothing; give it one of {', '.join(_FIELDS)}")
         for field, message in rule._contradictions():
-            raise contradiction(rule._given_name(field), message)
+            raise contradiction(message, rule._given_name(field))
         return rule
 
     def _contradictions(self) -> Iterator[tuple[str, str]]:

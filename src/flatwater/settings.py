@@ -13,9 +13,9 @@ from flatwater.lined import place_of
 __all__ = ["contradiction", "explain"]
 
 
-def contradiction(key: str, message: str) -> PydanticCustomError:
-    """For a validator of a model to raise: ``message``, where the setting ``key`` stands."""
-    return PydanticCustomError("contradiction", "{message}", {"key": key, "message": message})
+def contradiction(message: str, *location: int | str) -> PydanticCustomError:
+    """For a validator of a model to raise: ``message``, about the setting at ``location`` within that model."""
+    return PydanticCustomError("contradiction", "{message}", {"message": message, "location": location})
 
 
 def explain(error: ValidationError, document: Any, model: type[BaseModel], source: str | None = None) -> str:
@@ -31,7 +31,7 @@ def explain(error: ValidationError, document: Any, model: type[BaseModel], sourc
     detail = details[0]
     location = detail["loc"]
     if detail["type"] == "contradiction":
-        location = (*location, detail["ctx"]["key"])
+        location = (*location, *detail["ctx"]["location"])
     place = place_of(document, location) or source
     return f"{place}: {_problem(detail, model)}" if place else _problem(detail, model)
 
@@ -52,10 +52,9 @@ def _suggest(location: tuple[int | str, ...], model: type[BaseModel]) -> str:
     known = _keys(model)
     siblings = [key for key in known if key.split(".")[:-1] == section]
     close = difflib.get_close_matches(".".join([*section, name]), siblings, n=1, cutoff=0.75)
-    meant = close or [key for key in known if key.split(".")[-1] == name]
-    if meant:
-        return f"; did you mean {' or '.join(key.removeprefix('rules.*.') for key in meant)}?"
-    return f"; known here: {', '.join(key.removeprefix('rules.*.') for key in siblings)}"
+    meant = close or [key for key in known if key.split(".")[-1] == name and "*" not in key]
+    shown = [key.rpartition(".*.")[2] for key in meant or siblings]  # within a list, the list is clear
+    return f"; did you mean {' or '.join(shown)}?" if meant else f"; known here: {', '.join(shown)}"
 
 
 def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:

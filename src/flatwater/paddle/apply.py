@@ -43,7 +43,7 @@ def apply_rules(
     infos = {path: NormInfo(str(kind_of(layer)), type(layer).__name__) for path, layer in norms.items()}
     wanted = policy.resolve(infos)
     run = None
-    if inputs is not None and any(fields.keys() & {"norm", "zero_init_residual"} for fields in wanted.values()):
+    if inputs is not None and any(map(_looks_at_inputs, wanted.values())):
         run = probe(model, {path: norms[path] for path, info in infos.items() if info.kind != "layer_norm"}, inputs)
     before = Snapshot(norms.values())
     work = _Work(policy, AppliedPolicy(model=model, _before=before), run, batch_size, world_size)
@@ -56,6 +56,10 @@ def apply_rules(
         before.restore()
         raise
     return work.applied
+
+
+def _looks_at_inputs(fields: Mapping[str, Chosen]) -> bool:
+    return "zero_init_residual" in fields or ("norm" in fields and fields["norm"].value == "auto")
 
 
 class _InapplicableError(Exception):

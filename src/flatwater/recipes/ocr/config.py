@@ -7,7 +7,6 @@ What a file leaves out keeps its default; ``KEY=VALUE`` overrides go over the fi
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +15,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from flatwater.errors import ConfigError
+from flatwater.lined import LinedDict, read_yaml
+from flatwater.policy import Rule
+from flatwater.settings import contradiction, explain
 
 __all__ = ["Config", "DataConfig", "ModelConfig", "NormConfig", "OptimizerConfig", "TrainConfig", "load"]
 
@@ -58,6 +60,22 @@ class NormConfig(_Section):
     epsilon: float = Field(default=1e-5, gt=0)
     groups: int = Field(default=8, ge=1)
     """Group norm only; must divide every number of channels."""
+    rules: tuple[Rule, ...] = ()
+    """A policy that goes over all this, layer by layer; see :mod:`flatwater.policy`."""
+
+    @model_validator(mode="after")
+    def _rules_can_be_followed(self) -> NormConfig:
+        if self.rules and self.kind == "none":
+            raise contradiction(
+                "rules contradict kind=none, which leaves them no norm layers; drop one of them", "rules"
+            )
+        for number, rule in enumerate(self.rules):
+            if rule.freeze is not None and rule.freeze.from_epoch is not None:
+                raise contradiction(
+                    f"from_epoch={rule.freeze.from_epoch} never comes, for this training counts steps; use from_step",
+                    *("rules", number, "freeze"),
+                )
+        return self
 
 
 class OptimizerConfig(_Section):
@@ -171,32 +189,16 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
     try:
         return Config.model_validate(settings)
     except ValidationError as error:
-        raise ConfigError(_explain(error)) from error
+        raise ConfigError(explain(error, settings, Config)) from error
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); check the path of the configuration") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: is not UTF-8 text; a configuration is a YAML file") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}{_position(error)}: is not YAML ({_problem(error)}); correct that line") from error
+    content = read_yaml(path)
     if content is None:
         return {}
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: holds a {type(content).__name__}, not 'key: value' pairs; see the default config")
     return content
-
-
-def _position(error: Exception) -> str:
-    mark = getattr(error, "problem_mark", None)
-    return "" if mark is None else f", line {mark.line + 1}"
-
-
-def _problem(error: Exception) -> str:
-    return getattr(error, "problem", None) or " ".join(str(error).split())
 
 
 def _override(settings: dict[str, Any], override: str) -> None:
@@ -206,7 +208,8 @@ def _override(settings: dict[str, Any], override: str) -> None:
     try:
         value = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{key}={text[:60]}: the value is not YAML ({_problem(error)}); quote it") from error
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise ConfigError(f"{key}={text[:60]}: the value is not YAML ({problem}); quote it") from error
     *sections, name = key.split(".")
     for depth, section in enumerate(sections):
         inner = settings.setdefault(section, {})
@@ -215,38 +218,7 @@ def _override(settings: dict[str, Any], override: str) -> None:
                 f"{key}: {'.'.join(sections[: depth + 1])} is a value, not a section; drop the rest of the key"
             )
         settings = inner
-    settings[name] = value
-
-
-def _explain(error: ValidationError) -> str:
-    """The first thing wrong, on one line; an unknown key first, since what it should have set is then missing too."""
-    details = sorted(error.errors(), key=lambda detail: detail["type"] != "extra_forbidden")
-    detail = details[0]
-    key = ".".join(str(part) for part in detail["loc"])
-    if detail["type"] == "extra_forbidden":
-        return f"unknown key {key}{_suggest(detail['loc'])}"
-    message = str(detail["msg"]).removeprefix("Value error, ")
-    if detail["type"] == "value_error":
-        return f"{key + ': ' if key else ''}{message}"
-    return f"{key}={detail['input']!r}: {message[:1].lower()}{message[1:]}"
-
-
-def _suggest(location: tuple[int | str, ...]) -> str:
-    """What may have been meant: a similar name in the same section, else that very name in another."""
-    *section, name = (str(part) for part in location)
-    known = _keys(Config)
-    siblings = [key for key in known if key.split(".")[:-1] == section]
-    close = difflib.get_close_matches(".".join([*section, name]), siblings, n=1, cutoff=0.75)
-    meant = close or [key for key in known if key.split(".")[-1] == name]
-    if meant:
-        return f"; did you mean {' or '.join(meant)}?"
-    return f"; known here: {', '.join(siblings)}"
-
-
-def _keys(section: type[BaseModel], prefix: str = "") -> list[str]:
-    found = []
-    for name, field in section.model_fields.items():
-        found.append(prefix + name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            found += _keys(field.annotation, f"{prefix}{name}.")
-    return found
+    if isinstance(settings, LinedDict):
+        settings.override(name, value)
+    else:
+        settings[name] = value

@@ -30,7 +30,7 @@ from flatwater.recipes.ocr import config as configs
 from flatwater.recipes.ocr import report, results
 from flatwater.recipes.ocr.data import WIDTH_MULTIPLE, DataSource, Sample
 from flatwater.recipes.ocr.evaluate import Evaluation, evaluate
-from flatwater.recipes.ocr.model import Recognizer
+from flatwater.recipes.ocr.model import Recognizer, build
 from flatwater.recipes.ocr.preprocess import HEIGHT, pad
 from flatwater.recipes.ocr.read import Reader, write_meta
 from flatwater.recipes.ocr.train import CHECKPOINT, train
@@ -70,6 +70,7 @@ def run(path: Path | None, overrides: Sequence[str], folder: Path, *, resume: bo
         path = folder / "config.yaml"
     config = configs.load(path, overrides)
     data = DataSource(config)
+    _, policy = build(config, data.alphabet.classes)  # trained is another; here for its errors, and to be shown
     if not resume:  # a run that is gone on with keeps its configuration: training refuses another
         _clear(folder)
         write_whole(folder / "config.yaml", config.to_yaml())
@@ -78,6 +79,8 @@ def run(path: Path | None, overrides: Sequence[str], folder: Path, *, resume: bo
         f"norm {config.norm.kind}, seed {config.seed} → {folder}",
         highlight=False,
     )
+    if policy is not None:
+        console.print(str(policy), highlight=False, markup=False, soft_wrap=True)
 
     clock = _Clock(console)
     with clock.phase("training"):

@@ -23,9 +23,12 @@ import paddle
 from paddle import nn
 
 import flatwater.paddle as fw
-from flatwater.recipes.ocr.config import ModelConfig, NormConfig
+from flatwater.paddle.applied import AppliedPolicy
+from flatwater.policy import Policy
+from flatwater.recipes.ocr.config import Config, ModelConfig, NormConfig
+from flatwater.recipes.ocr.preprocess import HEIGHT
 
-__all__ = ["Recognizer"]
+__all__ = ["Recognizer", "build"]
 
 
 class Recognizer(nn.Layer):
@@ -51,6 +54,21 @@ class Recognizer(nn.Layer):
         """Logits [N, ceil(W / 4), classes]."""
         features = self.neck(self.backbone(images))
         return self.head(features.squeeze(2).transpose([0, 2, 1]))
+
+
+def build(config: Config, classes: int) -> tuple[Recognizer, AppliedPolicy | None]:
+    """The recogniser with the norms that ``norm.rules`` make of it, and what is still to come of them; None without.
+
+    Raises:
+        ConfigError: a rule matches nothing, or asks for what the layers have not.
+    """
+    model = Recognizer(config.model, config.norm, classes)
+    if not config.norm.rules:
+        return model, None
+    # A batch of the longest lines, which is the smallest: for rules that look at it.
+    lines = max(2, config.train.batch_characters // config.data.max_length)
+    images = paddle.zeros([lines, 1, HEIGHT, max(config.data.sizes) * config.data.max_length])
+    return model, fw.apply_policy(model, Policy(rules=config.norm.rules), inputs=images)
 
 
 def _block(

@@ -37,7 +37,7 @@ from flatwater.recipes.ocr.config import Config, OptimizerConfig
 from flatwater.recipes.ocr.data import IGNORE, Batch, DataSource, Sample
 from flatwater.recipes.ocr.evaluate import evaluate
 from flatwater.recipes.ocr.labels import BLANK
-from flatwater.recipes.ocr.model import Recognizer
+from flatwater.recipes.ocr.model import Recognizer, build
 from flatwater.recipes.ocr.progress import Progress
 from flatwater.recipes.ocr.results import Evaluation, History, TrainPoint
 
@@ -112,8 +112,10 @@ class _Training:
         self.on_step = on_step
         self.checkpoint_path = folder / CHECKPOINT
         paddle.seed(config.seed)
-        self.model = Recognizer(config.model, config.norm, data.alphabet.classes)
+        self.model, self.policy = build(config, data.alphabet.classes)
         self.optimizer = _optimizer(config.optimizer, self.model)
+        if self.policy is not None:
+            self.policy.prepare(self.optimizer)
         self.frame_weight = paddle.ones([data.alphabet.classes])
         self.frame_weight[BLANK] = _BLANK_WEIGHT
         self.step = 0
@@ -153,6 +155,8 @@ class _Training:
     def _take_step(self, batch: Batch) -> float:
         self.optimizer.set_lr(self._rate())
         self.model.train()
+        if self.policy is not None:
+            self.policy.on_step(self.step)
         images = paddle.to_tensor(batch.images)
         with contextlib.nullcontext() if self.on_step is None else self.on_step(self.step + 1, self.model):
             logits = self.model(images)
