@@ -135,6 +135,8 @@ class _Folding:
         self.proof = proof
         self.left: dict[str, str] = {}
         self.done: list[tuple[Fold, Callable[[], None]]] = []
+        # Norms of which it is known that they write something else than before.
+        self.displaced: set[str] = set()
         self._affine: dict[str, Affine] = {}
 
     def affine_of(self, norm: str) -> Affine:
@@ -145,6 +147,8 @@ class _Folding:
     def round(self, planner: Planner) -> bool:
         """Fold what the planner finds; whether another look may find more."""
         gone = set(self.folded)
+        # What the norm behind them read of a folded one, a layer before both may be about to write otherwise.
+        self.displaced |= gone
         self.left = planner.left
         after = self.alone(planner.after())
         before = self.alone(planner.before([norm for norm in self.left if norm not in gone]))
@@ -169,8 +173,8 @@ class _Folding:
         if not folds:
             return []
         runs = self.view.observe_poisoned(folds)
-        hidden = {path for fold in folds for path in fold.hidden}
-        if runs and all(self.proof.damage(run, hidden) is None for run in runs):
+        unlike = self.displaced.union(*(fold.hidden for fold in folds))
+        if runs and all(self.proof.damage(run, unlike) is None for run in runs):
             return list(folds)
         if len(folds) > 1:
             suspects = self.view.read_elsewhere(folds)
@@ -202,7 +206,7 @@ class _Folding:
             reason = next(iter(str(error).strip().splitlines()), "")
             damage, by_rounding = f"made the model fail ({type(error).__name__}: {reason})", False
         else:
-            displaced = {norm for fold, _ in self.done if not fold.after for norm in fold.norms}
+            displaced = self.displaced.union(*(fold.norms for fold, _ in self.done if not fold.after))
             if self.proof.damage(observed, displaced) is None:
                 return
             self.undo_to(start)
