@@ -149,21 +149,15 @@ typename Element<S>::Compute block_pivot(const S *x, const Pieces &block) {
     return pivot - pivot == 0 ? pivot : T(0);
 }
 
-template <class S, class V>
-Deviations<V> block_deviations(const S *x, const Pieces &block, typename Element<S>::Compute pivot) {
-    using Wide = typename Lanes<V>::wide;
+// Calls body<way>(i) for the whole vectors of all pieces, two ways in turn, last(i) for those that are not whole,
+// and flush() before the sums of either way are longer than a short run. i counts from the first piece.
+template <class V, class Body, class Last, class Flush>
+inline void in_short_runs(const Pieces &block, const Rest<V> &rest, const Body &body, const Last &last,
+                          const Flush &flush) {
     constexpr index longest = 2 * short_run * Lanes<V>::count;
-    const Rest<V> rest(block.length);
-    Wide first{}, second{};
-    V run_first[2] = {}, run_second[2] = {};
-    const auto flush = [&] {
-        first += widen_lanes(run_first[0]) + widen_lanes(run_first[1]);
-        second += widen_lanes(run_second[0]) + widen_lanes(run_second[1]);
-        run_first[0] = run_first[1] = run_second[0] = run_second[1] = V{};
-    };
     index pending = 0;
     for (index n = 0; n < block.count; ++n) {
-        const S *piece = x + n * block.stride;
+        const index piece = n * block.stride;
         for (index start = 0; start < block.length; start += longest) {
             const index end = smaller(block.length, start + longest);
             pending += end - start + (rest.any && end == block.length ? Lanes<V>::count : 0);
@@ -171,19 +165,36 @@ Deviations<V> block_deviations(const S *x, const Pieces &block, typename Element
                 flush();
                 pending = end - start;
             }
-            two_ways<V>(start, end, [&]<int way>(index i) {
-                const V d = fetch<S, V>(piece + i) - pivot;
-                run_first[way] += d;
-                run_second[way] += d * d;
-            });
+            two_ways<V>(piece + start, piece + end, body);
         }
-        if (rest.any) {
-            const V d = rest.only_new(fetch<S, V>(piece + rest.at) - pivot);
-            run_first[1] += d;
-            run_second[1] += d * d;
-        }
+        if (rest.any) last(piece + rest.at);
     }
     flush();
+}
+
+// What two ways have summed in the elements' own precision, on its way into a sum in double.
+template <class V>
+inline void move_into(typename Lanes<V>::wide &sum, V (&ways)[2]) {
+    sum += widen_lanes(ways[0]) + widen_lanes(ways[1]);
+    ways[0] = ways[1] = V{};
+}
+
+template <class S, class V>
+Deviations<V> block_deviations(const S *x, const Pieces &block, typename Element<S>::Compute pivot) {
+    typename Lanes<V>::wide first{}, second{};
+    const Rest<V> rest(block.length);
+    V run_first[2] = {}, run_second[2] = {};
+    const auto add = [&](index way, const V &d) {
+        run_first[way] += d;
+        run_second[way] += d * d;
+    };
+    in_short_runs<V>(
+        block, rest, [&]<int way>(index i) { add(way, fetch<S, V>(x + i) - pivot); },
+        [&](index i) { add(1, rest.only_new(fetch<S, V>(x + i) - pivot)); },
+        [&] {
+            move_into<V>(first, run_first);
+            move_into<V>(second, run_second);
+        });
     return {sum_of_doubles(first), sum_of_doubles(second)};
 }
 
@@ -280,23 +291,28 @@ GradientSums vector_sums(const At<S> &all, const Pieces &block, const Channel &c
     const Affine<T> f(channel);
     const T inv_std = T(channel.inv_std);
     const Rest<V> rest(block.length);
+    const At<S> at = all.plus(block.offset);
+    typename Lanes<V>::wide dz_sum{}, dz_xhat_sum{};
     V sum[2] = {}, product[2] = {};
-    for (index n = 0; n < block.count; ++n) {
-        const At<S> at = all.plus(block.offset + n * block.stride);
-        two_ways<V>(0, block.length, [&]<int way>(index i) {
+    in_short_runs<V>(
+        block, rest,
+        [&]<int way>(index i) {
             V shifted;
             const V dz = gradient_at<S, V, A>(at, i, f, shifted);
             sum[way] += dz;
             product[way] += dz * (shifted * inv_std);
-        });
-        if (rest.any) {
+        },
+        [&](index i) {
             V shifted;
-            const V dz = gradient_at<S, V, A>(at, rest.at, f, shifted);
+            const V dz = gradient_at<S, V, A>(at, i, f, shifted);
             sum[1] += rest.only_new(dz);
             product[1] += rest.only_new(dz * (shifted * inv_std));
-        }
-    }
-    return {sum_of_lanes<V>(sum[0] + sum[1]), sum_of_lanes<V>(product[0] + product[1])};
+        },
+        [&] {
+            move_into<V>(dz_sum, sum);
+            move_into<V>(dz_xhat_sum, product);
+        });
+    return {sum_of_doubles(dz_sum), sum_of_doubles(dz_xhat_sum)};
 }
 
 template <class S, Activation A>
