@@ -15,6 +15,8 @@
 ``kind``                  a kind of the next table, or a glob for the name of the class, or several of these
 ========================  ===============================================================================
 
+In globs ``*`` stands for dots too. Rules look at the layers as they were before the policy.
+
 What it sets; names that PaddleDetection's users know are understood as well, but not both in one rule:
 
 ==========================  ===================================  ===========================================

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -168,6 +169,22 @@ def test_a_network_trains_with_another_kind_and_ships() -> None:
     assert model.layer4[1].bn2.weight.grad is not None
 
 
+@pytest.mark.parametrize("target", [None, *TARGETS[1:], "frozen"])
+@pytest.mark.parametrize("name", ["mobilenet_v3_small", "shufflenet_v2_x0_25", "densenet121"])
+def test_networks_come_back_bit_for_bit(name: str, target: Any) -> None:
+    model = randomize(getattr(paddle.vision.models, name)(num_classes=4))
+    before, classes = state_of(model), [type(layer) for layer in model.sublayers()]
+    report = fw.convert(model, target)
+    assert report.changed
+    assert not report.left
+    assert np.isfinite(evaluate(model, example(1, 3, 64, 64))).all()
+    fw.revert(model)
+    after = state_of(model)
+    assert list(after) == list(before)
+    assert all(after[key].tobytes() == value.tobytes() for key, value in before.items())
+    assert [type(layer) for layer in model.sublayers()] == classes
+
+
 def test_frozen_is_a_kind_too() -> None:
     model = randomize(nn.Sequential(nn.BatchNorm2D(3), nn.GroupNorm(3, 3), fw.BatchNorm2D(3)))
     fw.convert(model, "group_norm", pattern="2")
@@ -221,6 +238,31 @@ def test_what_cannot_be_converted_is_left_as_it_was(layer: Any, target: Any, gro
     assert reason in report.left["0"]
     assert type(model[0]) is kind
     assert vars(model[0]) == attributes
+
+
+def test_statistics_aside_follow_the_model_to_another_dtype() -> None:
+    model = randomize(nn.Sequential(nn.BatchNorm2D(4)))
+    mean = model[0]._mean
+    before = mean.numpy().astype(np.float64)
+    fw.convert(model, "group_norm")
+    model.to(dtype="float64")
+    fw.revert(model)
+    assert model[0]._mean is mean
+    assert np.array_equal(mean.numpy(), before)
+    model.eval()
+    assert model(example(2, 4, 3, 3, dtype="float64")).dtype == paddle.float64
+
+
+@pytest.mark.parametrize("target", ["group_norm", "instance_norm"])
+def test_what_was_converted_is_exported(tmp_path: Path, target: Any) -> None:
+    model = nn.Sequential(nn.Conv2D(3, 4, 3), nn.BatchNorm(4, act="relu"), nn.Conv2D(4, 2, 1))
+    fw.convert(model, target)
+    x = example(2, 3, 6, 6)
+    expected = evaluate(model, x)
+    model.eval()
+    paddle.jit.save(model, str(tmp_path / "model"), input_spec=[paddle.static.InputSpec([None, 3, None, None])])
+    found = paddle.jit.load(str(tmp_path / "model"))(x).numpy()
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)  # float32, added in another order
 
 
 def test_channels_last_stay_last() -> None:

@@ -181,6 +181,9 @@ def restore(layer: Any) -> bool:
     layer.__class__ = former.kind
     present = {_scale_name(layer): weight, "bias": bias, **former.statistics}
     _set_parameters(layer, {name: present[name] for name in former.parameters})
+    held = [tensor for tensor in (weight, bias) if tensor is not None]
+    if held and any(tensor.dtype != held[0].dtype for tensor in former.statistics.values()):
+        layer.to(dtype=held[0].dtype)  # as the model was, while they were aside
     return True
 
 
