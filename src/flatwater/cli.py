@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 import flatwater
-from flatwater import host
+from flatwater import cli_models, host
 from flatwater.errors import FlatwaterError
 
 __all__ = ["main"]
@@ -159,6 +159,9 @@ def _describe(found: host.Host) -> str:
         f"THP {found.huge_pages}" if found.huge_pages else "",
     ]
     return ", ".join(filter(None, parts))
+
+
+flatwater_command.add_command(cli_models.inspect_command)
 
 
 @flatwater_command.group("ocr")

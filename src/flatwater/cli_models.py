@@ -1,0 +1,43 @@
+"""The commands for exported models, of any origin: ``inspect``, ``fold`` and ``verify``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from flatwater.models import inspect_models
+
+__all__ = ["FOUND", "inspect_command"]
+
+FOUND = 3
+"""The exit code of a check that ran and found what it looked for; 1 is an error and 2 a wrong command line."""
+
+
+@click.command("inspect", short_help="Which norms an exported model holds, and whether each could be folded.")
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of tables.")
+@click.option(
+    "--fail-on",
+    type=click.Choice(["foldable", "training", "norms"]),
+    multiple=True,
+    help="Exit with 3 if there is a norm that could be folded, one in training mode, or any. May be given again.",
+)
+def inspect_command(path: Path, as_json: bool, fail_on: tuple[str, ...]) -> int:
+    """Print which norms the exported model at PATH holds, whether each could be folded, and which are in training mode.
+
+    PATH is an .onnx file, a Paddle program (.json or .pdmodel), the prefix of such files, or a folder with some.
+    Nothing is executed.
+
+    Exit code: 0, or 3 if something was found that --fail-on names; 1 for an error, as a file that is not a model.
+    """
+    found = inspect_models(path)
+    if as_json:
+        print(json.dumps({"models": [one.as_dict() for one in found]}, ensure_ascii=False))
+    else:
+        for one in found:
+            Console().print(one)
+    listed = {name: any(getattr(one, name) for one in found) for name in ("foldable", "training", "norms")}
+    return FOUND if any(listed[name] for name in fail_on) else 0

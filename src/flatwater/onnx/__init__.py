@@ -1,0 +1,13 @@
+"""Files in the ONNX format, of whatever origin: what norms are in them, and their folding. Needs no framework."""
+
+from flatwater.errors import BackendError
+
+try:
+    import onnx  # noqa: F401
+except ImportError as error:
+    raise BackendError("onnx is not installed; pip install 'flatwater[onnx]'") from error
+
+from flatwater.onnx.inspect import inspect_onnx
+from flatwater.onnx.model import load_onnx
+
+__all__ = ["inspect_onnx", "load_onnx"]
