@@ -34,6 +34,19 @@ def test_tune_sets_what_the_host_needs_before_a_framework_is_imported() -> None:
     assert states == {name: "not needed" if value is None else "set" for name, value in needed.items()}
 
 
+def test_what_tune_has_set_is_there_for_children_and_for_a_second_call() -> None:
+    once, twice, environment = json.loads(
+        run(
+            "import json, os, flatwater as fw\n"
+            "calls = [{effect.variable: effect.state for effect in fw.host.tune()} for _ in range(2)]\n"
+            "print(json.dumps([*calls, dict(os.environ)]))"
+        )
+    )
+    assert {name: environment.get(name) for name in NEEDED} == NEEDED
+    assert "set" in once.values()
+    assert set(twice.values()) <= {"already", "not needed"}
+
+
 def test_tune_says_what_comes_too_late_once_mkl_is_loaded() -> None:
     states = json.loads(
         run(f"import paddle; paddle.set_device('cpu')\npaddle.ones([2, 2]) @ paddle.ones([2, 2])\n{EFFECTS}")

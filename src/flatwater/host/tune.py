@@ -48,11 +48,12 @@ def tune() -> list[Effect]:
       limit. As with the environment, it holds for the heap of the main thread: other threads' heaps are 64 MiB each,
       and what does not fit there is mapped by itself.
     * Threads: each OpenMP runtime that is loaded is told through ``omp_set_num_threads``, which holds for the thread
-      that calls ``tune``, and the environment tells those that come.
+      that calls ``tune``; runtimes to come read the environment.
     * MKL reads its variable at its first use; Paddle loads it then, and not when it is imported. After that it is
       too late.
 
-    So the best place for the call is the first line of a program, and one before the first tensor will do.
+    So the best place for the call is the first line of a program, and one before the first tensor will do. What is set
+    is in ``os.environ`` as well, for child processes.
 
     Returns:
         One effect for each setting; nothing is lost without a word.
@@ -77,8 +78,7 @@ def _effect(decision: Decision, loaded: Mapping[str, Path]) -> Effect:
         late = next((f"{name} has read it" for name in loaded if name.startswith("libmklml")), "")
     if late:
         return Effect(variable, value, "too late", f"{late}; {_RESTART}")
-    if variable not in MALLOC:
-        os.environ[variable] = value
+    os.environ[variable] = value
     return Effect(variable, value, "set", reason)
 
 
