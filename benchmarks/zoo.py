@@ -69,8 +69,10 @@ def _picodet() -> Any:
     backbone = import_module("ppdet.modeling.backbones.lcnet").LCNet(scale=0.75, feature_maps=[3, 4, 5])
     neck = modeling.LCPAN(in_channels=[96, 192, 384], out_channels=96, use_depthwise=True, num_features=4)
     feature = modeling.PicoFeat(96, 96, num_convs=2, num_fpn_stride=4, norm_type="bn", share_cls_reg=True, use_se=True)
-    losses_of = import_module("ppdet.modeling.losses")
-    losses = {"loss_class": losses_of.VarifocalLoss(use_sigmoid=False), "loss_bbox": losses_of.GIoULoss()}
+    losses = {
+        "loss_class": import_module("ppdet.modeling.losses.varifocal_loss").VarifocalLoss(use_sigmoid=False),
+        "loss_bbox": import_module("ppdet.modeling.losses.iou_loss").GIoULoss(),
+    }
     head = modeling.PicoHeadV2(conv_feat=feature, fpn_stride=[8, 16, 32, 64], feat_in_chan=96, **losses)
 
     class PicoDet(paddle.nn.Layer):

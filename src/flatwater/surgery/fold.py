@@ -43,7 +43,8 @@ def fold_model(view: ModelView, tolerance: float, *, adapt: bool = False) -> Fol
 
     Args:
         adapt: where the model itself moves a tensor by more than the tolerance when its inputs move by one unit in
-            the last place, allow that tensor eight times this movement, at most ``MOST_NOISE``.
+            the last place, allow that tensor eight times this movement, at most ``MOST_NOISE``;
+            what a norm writes that would need more is not looked at.
 
     Raises:
         StatisticsError: running statistics that are NaN, infinite or negative; nothing was changed.
@@ -93,6 +94,8 @@ class _Proof:
         self.tolerance = tolerance
         self.adapt = adapt
         self._noise: dict[str, float] = {}
+        # Norms whose tensors move so far by themselves that they prove nothing; the outputs are to prove it.
+        self._chaotic: set[str] = set()
 
     def measure_noise(self) -> None:
         """See how far each tensor moves when the inputs move by one unit in the last place."""
@@ -100,6 +103,8 @@ class _Proof:
             found = self.view.movements(self.before, self.view.observe(shaken=True))
             moved = (*found.outputs.items(), *found.norms.items())
             self._noise = {name: movement.max_rel for name, movement in moved}
+            if self.adapt:
+                self._chaotic = {path for path in found.norms if _NOISE_FACTOR * self._noise[path] > MOST_NOISE}
 
     def limit(self, name: str) -> float:
         """How far this tensor may move; its noise counts once it has been measured."""
@@ -110,7 +115,8 @@ class _Proof:
     def damage(self, observation: Any, changed: set[str]) -> tuple[str, Movement] | None:
         """What moved too far, and the farthest; the norms in ``changed`` are meant to write something else."""
         found = self.view.movements(self.before, observation)
-        moved = {path: movement for path, movement in found.norms.items() if path not in changed}
+        ignored = changed | self._chaotic
+        moved = {path: movement for path, movement in found.norms.items() if path not in ignored}
         moved |= found.outputs
         beyond = [(name, movement) for name, movement in moved.items() if movement.max_rel > self.limit(name)]
         return max(beyond, key=lambda one: one[1].max_rel, default=None)
