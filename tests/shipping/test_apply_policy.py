@@ -382,20 +382,22 @@ def test_auto_names_what_the_inputs_do_not_reach() -> None:
 
 
 class Residuals(nn.Layer):
-    """Blocks with an identity, a projection, a fused residual, an addition that is none, and two equal branches."""
+    """Blocks with an identity, a projection and a fused residual; equal branches and pieces, which are none."""
 
     def __init__(self) -> None:
         super().__init__()
         self.one, self.two, self.proj = (fw.ConvBNLayer(4, 4, act=act) for act in ("relu", None, None))
         self.three, self.fused = fw.ConvBNLayer(4, 4), fw.ConvBNLayer(4, 4)
         self.left, self.right = fw.ConvBNLayer(4, 4, act=None), fw.ConvBNLayer(4, 4, act=None)
-        self.last = nn.BatchNorm2D(4)
+        self.piece, self.last = nn.BatchNorm2D(2), nn.BatchNorm2D(4)
         self.shift = self.create_parameter([4, 1, 1])
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
         x = nn.functional.relu(self.two(self.one(x)) + self.proj(x))
         x = self.fused(self.three(x), x)
         x = self.left(x) + self.right(x)
+        first, second = paddle.split(x, 2, axis=1)
+        x = paddle.concat([self.piece(first) + second, self.piece(x[:, :2]) + x[:, 2:]], axis=1)
         branch = self.last(x)
         branch += x
         return branch + self.shift

@@ -17,6 +17,11 @@ from flatwater.verify import one_line
 __all__ = ["Batch", "Probe", "probe"]
 
 
+# Nodes that cut tensors up. Two pieces of one tensor are no shortcut around each other (Res2Net adds such), and the
+# graph does not tell the pieces of a split apart.
+_CUTS = ("Split", "Slice", "StridedSlice", "Unbind")
+
+
 class Batch(NamedTuple):
     """What a norm layer got: samples, and values per channel of each."""
 
@@ -94,19 +99,17 @@ def _block_ends(roots: list[Any], writers: Mapping[Any, str]) -> set[str]:
         pasts = [_past(parents, addend) for addend in addends]
         for index, addend in enumerate(addends):
             others = [past for other, past in enumerate(pasts) if other != index]
-            if addend in writers and all(_is_shortcut(pasts[index], past, writers) for past in others):
+            cut = any(other.name().startswith(_CUTS) for other in addends)
+            if addend in writers and not cut and all(_is_shortcut(pasts[index], past, writers) for past in others):
                 ends.add(writers[addend])
     return ends
 
 
 def _is_shortcut(branch: set[Any], other: set[Any], writers: Mapping[Any, str]) -> bool:
     """Whether the other addend goes around the branch, by the nodes from which each was computed."""
-    norms_of_other = sum(node in writers for node in other - branch)
-    return (
-        bool(branch & other)
-        and norms_of_other <= 1
-        and sum(node in writers for node in branch - other) > norms_of_other
-    )
+    around, through = (sum(node in writers for node in nodes) for nodes in (other - branch, branch - other))
+    cut = any(node.name().startswith(_CUTS) for node in other - branch)
+    return bool(branch & other) and around <= 1 and through > around and not cut
 
 
 def _graph(roots: list[Any]) -> dict[Any, list[Any]]:
