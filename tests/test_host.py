@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flatwater import host
@@ -107,6 +108,36 @@ def test_musl_is_known_by_its_loader(tmp_path: Path, monkeypatch: pytest.MonkeyP
 )
 def test_a_limit_of_processors_counts(tmp_path: Path, files: dict[str, str]) -> None:
     assert Host.look(lay(tmp_path, files), {}).processors == 1
+
+
+@given(
+    st.lists(st.none() | st.tuples(st.integers(1, 10**7), st.integers(1000, 10**6)), max_size=4),
+    st.integers(1, 64),
+)
+@settings(deadline=None, max_examples=30)
+def test_the_tightest_limit_of_all_groups_above_counts(levels: list[tuple[int, int] | None], bound: int) -> None:
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.sched_getaffinity", lambda _: set(range(bound)), raising=False)
+        groups = ["/".join("g" * depth) for depth in range(len(levels))]
+        files = {"proc/self/cgroup": f"1:name=systemd:/\n0::/{groups[-1] if groups else ''}\n"}
+        for group, limit in zip(groups, levels, strict=True):
+            written = "max 100000" if limit is None else f"{limit[0]} {limit[1]}"
+            files[f"sys/fs/cgroup/{group}/cpu.max"] = f"{written}\n"
+        found = Host.look(lay(Path(folder), files), {})
+    limits = [-(-limit[0] // limit[1]) for limit in levels if limit is not None]
+    assert (found.processors, found.bound_to) == (min([bound, *limits]), bound)
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(["proc/self/cgroup", "proc/cpuinfo", "proc/meminfo"]), st.text("0:/\n max-²", max_size=30)
+    )
+)
+@settings(deadline=None, max_examples=30)
+def test_no_file_of_the_kernels_is_taken_on_trust(files: dict[str, str]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        limits = dict.fromkeys(["sys/fs/cgroup/cpu.max", "sys/fs/cgroup/memory.max"], "² x")
+        assert Host.look(lay(Path(folder), files | limits), {}).processors >= 1
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,7 @@ def _cpu_limits(root: Path) -> Iterator[int]:
 
 
 def _quota(share: str, period: str) -> Iterator[int]:
-    if share.isdigit() and period.isdigit() and int(period):  # no limit is "max", or -1
+    if share.isdecimal() and period.isdecimal() and int(period):  # no limit is "max", or -1
         yield max(1, math.ceil(int(share) / int(period)))
 
 
@@ -141,7 +141,7 @@ def _memory_limits(root: Path) -> Iterator[int]:
     for controller, name in (("", "memory.max"), ("memory", "memory.limit_in_bytes")):
         for folder in _groups(root, controller):
             limit = _text(folder / name)
-            if limit.isdigit():
+            if limit.isdecimal():
                 yield int(limit)
 
 
@@ -165,7 +165,7 @@ def _groups(root: Path, controller: str) -> Iterator[Path]:
 
 def _memory_total(root: Path) -> int:
     size = _field(_text(root / "proc/meminfo"), "MemTotal").partition(" ")[0]
-    return int(size) * 1024 if size.isdigit() else 0
+    return int(size) * 1024 if size.isdecimal() else 0
 
 
 def _allocator(root: Path, environment: Mapping[str, str]) -> str:
