@@ -148,11 +148,11 @@ def _describe(found: host.Host) -> str:
     kind = [
         found.vendor.removeprefix("Authentic").removeprefix("Genuine"),
         {"avx512": "AVX-512", "avx2": "AVX2"}.get(found.isa, ""),
-        f"{found.cores} cores" if found.cores < found.bound_to else "",
+        f"{found.cores} core{'s' * (found.cores > 1)}" if found.cores < found.bound_to else "",
     ]
     parts = [
         f"{found.processors}{limited} CPU{'s' * (found.bound_to > 1)} ({', '.join(filter(None, kind)) or 'unknown'})",
-        f"{found.memory / 2**30:.0f} GiB" if found.memory else "memory unknown",
+        f"{found.memory / 2**30:.3g} GiB" if found.memory else "memory unknown",
         f"{found.libc or 'unknown C library'} {found.libc_version}".strip(),
         f"malloc of {Path(found.allocator).name}" if found.allocator else "",
         "MKL 2019" if found.mkl else "",

@@ -71,7 +71,7 @@ def _effect(decision: Decision, loaded: Mapping[str, Path]) -> Effect:
         found = present(variable, os.environ)
         return Effect(variable, value, state, reason if found is None else f"the environment says {found}")
     if variable in MALLOC:
-        late = "" if _mallopt(variable, int(value)) else "this C library does not take it any more"
+        late = "" if _mallopt(variable, int(value)) else "the C library refuses it at run time"
     elif variable == "OMP_NUM_THREADS":
         late = _set_threads(int(value), loaded)
     else:
