@@ -25,6 +25,7 @@ import flatwater.paddle as fw
 from flatwater import kernels
 from flatwater.errors import CheckpointError, DataError
 from flatwater.files import write_whole
+from flatwater.host import missing
 from flatwater.paddle.monitor import NormMonitor
 from flatwater.recipes.ocr import config as configs
 from flatwater.recipes.ocr import report, results
@@ -231,7 +232,7 @@ def _environment() -> dict[str, str]:
         "onnxruntime": version("onnxruntime"),
         "numpy": np.__version__,
         "python": platform.python_version(),
-        "allocator": "tuned" if "MALLOC_MMAP_THRESHOLD_" in os.environ else "default",
+        "allocator": "default" if any("MALLOC" in setting.variable for setting in missing(os.environ)) else "tuned",
     }
 
 
