@@ -161,7 +161,8 @@ def _describe(found: host.Host) -> str:
     return ", ".join(filter(None, parts))
 
 
-flatwater_command.add_command(cli_models.inspect_command)
+for _command in (cli_models.inspect_command, cli_models.fold_command):
+    flatwater_command.add_command(_command)
 
 
 @flatwater_command.group("ocr")

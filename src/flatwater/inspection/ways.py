@@ -20,7 +20,7 @@ class Way(NamedTuple):
     """
 
     target: Operation
-    shifts: tuple[Operation, ...]
+    shifts: tuple[tuple[Operation, Shift], ...]
     after: bool
 
 
@@ -70,7 +70,7 @@ def find_way(graph: Graph, operation: Operation, norm: Norm) -> Way | str:
 
 def _before(graph: Graph, norm: Norm) -> Way | str:
     tensor = norm.data
-    shifts: list[Operation] = []
+    shifts: list[tuple[Operation, Shift]] = []
     while True:
         writer = graph.writer(tensor)
         if writer is None:
@@ -86,7 +86,7 @@ def _before(graph: Graph, norm: Norm) -> Way | str:
         if len(others) > 1:
             return f"what {writer} writes is read by {' and '.join(others)}"
         if isinstance(part, Shift):
-            shifts.insert(0, writer)
+            shifts.insert(0, (writer, part))
             tensor = part.data
         elif isinstance(part, Norm):
             return f"a sum stands between {writer} and it" if shifts else Way(writer, (), after=True)

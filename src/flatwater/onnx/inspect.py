@@ -12,7 +12,7 @@ from flatwater.inspection import Graph, Inspection, Linear, Norm, Operation, Shi
 from flatwater.inspection.graph import Part
 from flatwater.onnx.model import load_onnx
 
-__all__ = ["graph_of", "inspect_onnx", "node_name"]
+__all__ = ["attributes_of", "graph_of", "inspect_onnx", "node_name"]
 
 _NORMS = {
     "BatchNormalization": "batch_norm",
@@ -101,12 +101,13 @@ def _operation(node: onnx.NodeProto, known: _Known) -> Operation:
     return Operation(node_name(node), node.op_type, tuple(filter(None, node.input)), tuple(node.output), part)
 
 
-def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
+def attributes_of(node: onnx.NodeProto) -> dict[str, Any]:
+    """Those that are given, as Python's values."""
     return {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
 
 
 def _norm(node: onnx.NodeProto, known: _Known) -> Part:
-    attributes = _attributes(node)
+    attributes = attributes_of(node)
     parameters = tuple(filter(None, node.input[1:]))
     channels = known.size(parameters[0]) if parameters else None
     # spatial=0, before operator set 9, is a norm of each element.
@@ -121,16 +122,17 @@ def _norm(node: onnx.NodeProto, known: _Known) -> Part:
 
 
 def _convolution(node: onnx.NodeProto, known: _Known) -> Part:
-    attributes = _attributes(node)
+    attributes = attributes_of(node)
     padded = any(attributes.get("pads", ())) or attributes.get("auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID")
     return Linear(node.input[0], node.input[1], axis=1, even=node.op_type == "Conv" and not padded)
 
 
 def _gemm(node: onnx.NodeProto, known: _Known) -> Part | None:
-    attributes = _attributes(node)
+    attributes = attributes_of(node)
     plain = not attributes.get("transA") and attributes.get("alpha", 1.0) == 1.0 and attributes.get("beta", 1.0) == 1.0
-    biased = len(node.input) > 2 and node.input[2]
-    if not plain or (biased and node.input[2] not in known.constants):
+    if len(node.input) > 2 and node.input[2]:
+        plain = plain and node.input[2] in known.constants and len(known.shapes.get(node.input[2], (0, 0))) <= 1
+    if not plain:
         return None
     return Linear(node.input[0], node.input[1], axis=1, even=True)
 

@@ -5,19 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import paddle
 
 from flatwater.errors import ExportError, InputError
 from flatwater.paddle.running import Inputs, as_inputs, evaluating, run
-from flatwater.verify import one_line
+from flatwater.verify import InputSpec, make_inputs, one_line
 
 __all__ = ["batch_sizes_of", "check_input_spec", "make_examples"]
-
-_BATCH = 2
-# Sizes that dynamic axes other than the batch are tried with: small, as ImageNet's networks want, smaller.
-_SIZES = (64, 224, 32)
 
 
 def check_input_spec(input_spec: Any) -> list[paddle.static.InputSpec]:
@@ -45,17 +39,17 @@ def batch_sizes_of(specs: Sequence[paddle.static.InputSpec]) -> tuple[int, ...]:
 
 
 def make_examples(model: paddle.nn.Layer, specs: Sequence[paddle.static.InputSpec]) -> Inputs:
-    """Normal deviates for floats, 0 and 1 for integers, in the first sizes with which the model runs.
+    """What :func:`flatwater.verify.make_inputs` makes, in the first sizes with which the model runs.
 
     Raises:
         ExportError: it runs with none of them.
     """
-    dynamic = sum(size in (None, -1) for spec in specs for size in spec.shape[1:])
+    wanted = [
+        InputSpec(spec.name or f"number {index}", _sizes(spec), str(spec.dtype).removeprefix("paddle.").lower())
+        for index, spec in enumerate(specs)
+    ]
     reason = ""
-    # All dynamic axes alike: images are square, and sequences that go together are equally long.
-    for size in _SIZES if dynamic else _SIZES[:1]:
-        generator = np.random.default_rng(20150211)
-        arrays = [_draw(generator, spec, size) for spec in specs]
+    for arrays in make_inputs(wanted):
         inputs = as_inputs(arrays)
         with evaluating(model):
             try:
@@ -70,13 +64,5 @@ def make_examples(model: paddle.nn.Layer, specs: Sequence[paddle.static.InputSpe
     )
 
 
-def _draw(generator: np.random.Generator, spec: paddle.static.InputSpec, size: int) -> npt.NDArray[Any]:
-    shape = [
-        (_BATCH if axis == 0 else size) if length in (None, -1) else length for axis, length in enumerate(spec.shape)
-    ]
-    dtype = str(spec.dtype).removeprefix("paddle.").lower()
-    if dtype in ("float32", "float64", "float16"):
-        return generator.standard_normal(shape).astype(dtype)
-    if dtype.startswith(("int", "uint", "bool")):
-        return generator.integers(0, 2, shape).astype(dtype)
-    raise InputError(f"an input_spec of dtype {dtype} has no example; give example_inputs")
+def _sizes(spec: paddle.static.InputSpec) -> list[int | None]:
+    return [None if size in (None, -1) else size for size in spec.shape]

@@ -10,7 +10,7 @@ import paddle
 
 from flatwater.errors import CheckpointError, InputError
 from flatwater.paddle.running import Inputs, flatten, run, to_numpy
-from flatwater.verify import Arrays, Form, Run, one_line, onnx_form
+from flatwater.verify import Arrays, Form, Run, one_line, onnx_forms
 
 __all__ = ["ModelFiles", "forms_of", "live_form", "load_program", "program_inputs"]
 
@@ -84,7 +84,7 @@ def forms_of(files: ModelFiles, dtype: str) -> list[Form]:
         if on_cpu and dtype != "float64" and paddle.base.core.is_compiled_with_onednn():
             forms.append(Form("Paddle Inference, oneDNN", lambda: _run_inference(files, ir=True, onednn=True)))
     if files.onnx.is_file():
-        forms.append(onnx_form(files.onnx))
+        forms += onnx_forms(files.onnx)
     return forms
 
 

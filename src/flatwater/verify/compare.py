@@ -8,7 +8,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["TOLERANCES", "Difference", "default_tolerance", "difference", "largest_difference"]
+__all__ = [
+    "TOLERANCES",
+    "Difference",
+    "default_tolerance",
+    "difference",
+    "largest_difference",
+    "same_argmax",
+    "same_items",
+]
 
 TOLERANCES = {"float64": 1e-9, "float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 """By dtype of the parameters: how far, relative to the scale of the output, two forms of a model may be apart.
@@ -74,3 +82,26 @@ def largest_difference(reference: Sequence[npt.NDArray[Any]], other: Sequence[np
     if note and len(each) > 1:
         note = f"output {worst}: {note}"
     return Difference(max(one.max_abs for one in each), each[worst].max_rel, note)
+
+
+def same_argmax(reference: Sequence[npt.NDArray[Any]], other: Sequence[npt.NDArray[Any]]) -> float | None:
+    """The share of places at which the class with the largest value is the same.
+
+    Floating-point outputs with at least two classes count, all their places alike: [N, classes] and
+    [N, steps, classes] have them on the last axis, tensors of more axes on the second. None if there is no such output.
+    """
+    same = places = 0
+    for one, two in zip(reference, other, strict=True):
+        axis = -1 if one.ndim < 4 else 1
+        if one.ndim < 2 or one.shape[axis] < 2 or one.size == 0 or not np.issubdtype(one.dtype, np.floating):
+            continue
+        equal = one.argmax(axis) == two.argmax(axis)
+        same += int(equal.sum())
+        places += equal.size
+    return same / places if places else None
+
+
+def same_items(reference: Sequence[Any], other: Sequence[Any]) -> float:
+    """The share of items that are equal; those that only one of the two has are not."""
+    count = max(len(reference), len(other))
+    return sum(one == two for one, two in zip(reference, other, strict=False)) / count if count else 1.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,10 +12,29 @@ import numpy as np
 import numpy.typing as npt
 
 from flatwater.errors import BackendError, CheckpointError, InputError
-from flatwater.verify.compare import largest_difference
-from flatwater.verify.report import VerifyReport, VerifyRow
+from flatwater.verify.compare import largest_difference, same_argmax, same_items
+from flatwater.verify.inputs import InputSpec
+from flatwater.verify.report import Finding, VerifyReport, VerifyRow
 
-__all__ = ["Arrays", "Form", "Run", "compare_forms", "one_line", "onnx_form", "resize_batch"]
+__all__ = [
+    "Arrays",
+    "Decode",
+    "Form",
+    "Run",
+    "compare_forms",
+    "one_line",
+    "onnx_forms",
+    "onnx_inputs",
+    "open_onnx",
+    "resize_batch",
+]
+
+_ONNX_LEVELS = {
+    "unoptimised": "ORT_DISABLE_ALL",
+    "basic": "ORT_ENABLE_BASIC",
+    "extended": "ORT_ENABLE_EXTENDED",
+    "all": "ORT_ENABLE_ALL",
+}
 
 Arrays: TypeAlias = list[npt.NDArray[Any]]
 Run: TypeAlias = Callable[[Arrays], Arrays]
@@ -27,12 +47,33 @@ class Form(NamedTuple):
     load: Callable[[], Run]
 
 
+Decode: TypeAlias = Callable[[Arrays], Sequence[Any]]
+
+
 def compare_forms(
-    live: Run, forms: Sequence[Form], inputs: Arrays, *, batch_sizes: Sequence[int], tolerance: float
+    live: Run,
+    forms: Sequence[Form],
+    inputs: Arrays,
+    *,
+    batch_sizes: Sequence[int],
+    tolerance: float,
+    decode: Decode | None = None,
+    reference: str = "the live model",
+    findings: Sequence[Finding] = (),
 ) -> VerifyReport:
     """Run ``inputs`` at every batch size through the live model and every form.
 
     A form that cannot be loaded or fails to run is a row that does not pass, with the first line of its reason.
+
+    Args:
+        live: what is right.
+        forms: what is compared with it.
+        inputs: cut or repeated to each batch size, see :func:`resize_batch`.
+        batch_sizes: at least one.
+        tolerance: what the relative difference may be.
+        decode: makes one item a sample, as a text, of a model's outputs; every item has to be equal too.
+        reference: what ``live`` is called.
+        findings: what is known to be wrong already; a report with findings does not pass.
 
     Raises:
         CheckpointError: a file is not a model of its kind.
@@ -50,30 +91,37 @@ def compare_forms(
         except Exception as error:  # whatever a runtime raises is its reason for not running this model
             broken = f"cannot be loaded: {one_line(error)}"
         for size, batch in batches.items():
-            if run is not None:
-                rows.append(_compare(form.name, size, run, batch, expected[size], tolerance))
-            else:
+            if run is None:
                 rows.append(VerifyRow(form.name, size, None, None, tolerance, passed=False, note=broken))
-    return VerifyReport(rows)
+                continue
+            try:
+                actual = run([array.copy() for array in batch])
+            except MemoryError:
+                raise
+            except Exception as error:  # as above
+                note = f"fails to run: {one_line(error)}"
+                rows.append(VerifyRow(form.name, size, None, None, tolerance, passed=False, note=note))
+                continue
+            rows.append(_compare(form.name, size, expected[size], actual, tolerance, decode))
+    return VerifyReport(rows, reference, list(findings))
 
 
-def _compare(name: str, size: int, run: Run, batch: Arrays, expected: Arrays, tolerance: float) -> VerifyRow:
-    try:
-        actual = run([array.copy() for array in batch])
-    except MemoryError:
-        raise
-    except Exception as error:  # as above
-        return VerifyRow(name, size, None, None, tolerance, passed=False, note=f"fails to run: {one_line(error)}")
+def _compare(
+    name: str, size: int, expected: Arrays, actual: Arrays, tolerance: float, decode: Decode | None
+) -> VerifyRow:
     found = largest_difference(expected, actual)
     comparable = math.isfinite(found.max_rel)
+    decoded = None if decode is None or found.note else same_items(decode(expected), decode(actual))
     return VerifyRow(
         name,
         size,
         found.max_abs if math.isfinite(found.max_abs) else None,
         found.max_rel if comparable else None,
         tolerance,
-        passed=found.max_rel <= tolerance,
-        note=found.note or (None if comparable else "differs from a live output that is all zero"),
+        passed=found.max_rel <= tolerance and decoded in (None, 1.0),
+        note=found.note or (None if comparable else "differs from a reference that is all zero"),
+        argmax=None if found.note else same_argmax(expected, actual),
+        decoded=decoded,
     )
 
 
@@ -106,27 +154,60 @@ def resize_batch(inputs: Arrays, size: int) -> Arrays:
     return [resize(array) for array in inputs]
 
 
-def onnx_form(file: Path) -> Form:
-    """ONNX Runtime on the CPU."""
+def onnx_forms(model: Path | bytes) -> list[Form]:
+    """ONNX Runtime on the CPU at each of its optimisation levels, none first; ``model`` is a file or its content."""
+    return [
+        Form(f"ONNX Runtime, {words}", functools.partial(_run_onnx, model, level))
+        for words, level in _ONNX_LEVELS.items()
+    ]
 
-    def load() -> Run:
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise BackendError("onnxruntime is not installed; pip install 'flatwater[onnx]'") from error
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        try:
-            session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-        except Exception as error:
-            # ONNX Runtime has one exception class per status code, in a private module.
-            if type(error).__name__ in ("InvalidProtobuf", "NoSuchFile", "NoModel"):
-                raise CheckpointError(f"{file}: is not an ONNX model ({one_line(error)}); export it again") from error
-            raise
-        names = [entry.name for entry in session.get_inputs()]
-        return lambda inputs: list(session.run(None, dict(zip(names, inputs, strict=True))))
 
-    return Form("ONNX Runtime", load)
+def _run_onnx(model: Path | bytes, level: str) -> Run:
+    session = open_onnx(model, level)
+    names = [entry.name for entry in session.get_inputs()]
+    return lambda inputs: list(session.run(None, dict(zip(names, inputs, strict=True))))
+
+
+def open_onnx(model: Path | bytes, level: str = "ORT_ENABLE_ALL") -> Any:
+    """A session of ONNX Runtime on the CPU.
+
+    Raises:
+        BackendError: onnxruntime is not installed.
+        CheckpointError: the file is not an ONNX model.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise BackendError("onnxruntime is not installed; pip install 'flatwater[onnx]'") from error
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
+    source = model if isinstance(model, bytes) else str(model)
+    try:
+        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        # ONNX Runtime has one exception class per status code, in a private module.
+        if type(error).__name__ in ("InvalidProtobuf", "NoSuchFile", "NoModel"):
+            name = "the model" if isinstance(model, bytes) else model
+            raise CheckpointError(f"{name}: is not an ONNX model ({one_line(error)}); export it again") from error
+        raise
+
+
+def onnx_inputs(session: Any) -> list[InputSpec]:
+    """What a session's model takes.
+
+    Raises:
+        InputError: an input that is not a tensor.
+    """
+    specs = []
+    for entry in session.get_inputs():
+        if not entry.type.startswith("tensor("):
+            raise InputError(f"input {entry.name!r} is a {entry.type}; only tensors can be given")
+        word = entry.type[len("tensor(") : -1]
+        dtype = {"float": "float32", "double": "float64"}.get(word, word)
+        shape = [size if isinstance(size, int) and size > 0 else None for size in entry.shape]
+        specs.append(InputSpec(entry.name, shape, dtype))
+    return specs
 
 
 def one_line(error: BaseException) -> str:

@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import io
 import math
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-__all__ = ["VerifyReport", "VerifyRow"]
+__all__ = ["Finding", "VerifyReport", "VerifyRow", "share"]
+
+
+class Finding(NamedTuple):
+    """Something that makes forms of a model disagree, whatever the inputs here show of it.
+
+    Attributes:
+        layer: path of the layer, or name of the node.
+        problem: what is wrong, and what to do.
+    """
+
+    layer: str
+    problem: str
 
 
 @dataclass(frozen=True)
@@ -26,6 +38,9 @@ class VerifyRow:
         tolerance: what ``max_rel`` may be.
         passed: whether it is.
         note: why nothing could be compared, else None.
+        argmax: the share of places at which the largest class is the same, see
+            :func:`~flatwater.verify.compare.same_argmax`; None for outputs without classes. It does not decide.
+        decoded: the share of samples that are decoded alike; None if nothing was to be decoded.
     """
 
     form: str
@@ -35,18 +50,31 @@ class VerifyRow:
     tolerance: float
     passed: bool
     note: str | None = None
+    argmax: float | None = None
+    decoded: float | None = None
 
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """The same inputs through every form of a model. Prints as a table, in plain text and in ``rich``."""
+    """The same inputs through every form of a model. Prints as a table, in plain text and in ``rich``.
+
+    Attributes:
+        rows: form by form.
+        reference: what the forms were compared with.
+        findings: what is known to be wrong with the model.
+        diverging: the first norm layer at which a form that failed computes something else; None if that is not
+            known.
+    """
 
     rows: list[VerifyRow]
+    reference: str = "the live model"
+    findings: list[Finding] = field(default_factory=list)
+    diverging: str | None = None
 
     @property
     def passed(self) -> bool:
-        """Whether there are rows, and all of them passed."""
-        return bool(self.rows) and all(row.passed for row in self.rows)
+        """Whether there are rows, all of them passed, and nothing was found besides."""
+        return bool(self.rows) and all(row.passed for row in self.rows) and not self.findings
 
     @property
     def failures(self) -> list[VerifyRow]:
@@ -54,19 +82,37 @@ class VerifyReport:
         return [row for row in self.rows if not row.passed]
 
     def as_dict(self) -> dict[str, Any]:
-        """Ready for JSON: ``passed`` and ``rows``, each with the fields of :class:`VerifyRow`."""
-        return {"passed": self.passed, "rows": [row.__dict__.copy() for row in self.rows]}
+        """Ready for JSON: ``passed`` and the fields; rows and findings as dicts."""
+        return {
+            "passed": self.passed,
+            "reference": self.reference,
+            "rows": [asdict(row) for row in self.rows],
+            "findings": [finding._asdict() for finding in self.findings],
+            "diverging": self.diverging,
+        }
+
+    @property
+    def remarks(self) -> list[str]:
+        """What there is to say besides numbers, each once."""
+        remarks = [f"{row.form}: {row.note}" for row in self.rows if row.note]
+        remarks += [f"{finding.layer}: {finding.problem}" for finding in self.findings]
+        remarks += [f"the first norm layer to diverge is {self.diverging}"] if self.diverging else []
+        return list(dict.fromkeys(remarks))
 
     def __rich__(self) -> Table:
-        reasons = {f"{row.form}: {row.note}": None for row in self.rows if row.note}  # each once, in order
-        table = Table(title="Every form against the live model", caption="\n".join(map(escape, reasons)) or None)
-        for heading in ("form", "batch", "max |Δ|", "relative", "tolerance", ""):
-            table.add_column(heading, justify="left" if heading in ("form", "") else "right", overflow="fold")
+        table = Table(
+            title=escape(f"Every form against {self.reference}"), caption="\n".join(map(escape, self.remarks)) or None
+        )
+        shares = {"argmax": any(row.argmax is not None for row in self.rows)}
+        shares["decoded"] = any(row.decoded is not None for row in self.rows)
+        table.add_column("form", overflow="fold")
+        for heading in ("batch", "max |Δ|", "relative", "tolerance", *(name for name in shares if shares[name])):
+            table.add_column(heading, justify="right", overflow="fold")
+        table.add_column("")
         for row in self.rows:
-            verdict = "[green]pass[/]" if row.passed else "[red]FAIL[/]"
-            table.add_row(
-                row.form, str(row.batch), _number(row.max_abs), _number(row.max_rel), f"{row.tolerance:.0e}", verdict
-            )
+            cells = [row.form, str(row.batch), _number(row.max_abs), _number(row.max_rel), f"{row.tolerance:.0e}"]
+            cells += [share(getattr(row, name)) for name in shares if shares[name]]
+            table.add_row(*cells, "[green]pass[/]" if row.passed else "[red]FAIL[/]")
         return table
 
     def __str__(self) -> str:
@@ -74,6 +120,11 @@ class VerifyReport:
         with console.capture() as captured:
             console.print(self)
         return captured.get().rstrip()
+
+
+def share(value: float | None) -> str:
+    """As a percentage, rounded down so that 100% means all of them."""
+    return "–" if value is None else f"{math.floor(value * 1000 + 1e-9) / 10:g}%"
 
 
 def _number(value: float | None) -> str:
