@@ -186,12 +186,15 @@ class _Job:
                 f"{type(self.model).__name__}: what was exported cannot be read back: {error}"
             ) from error
         if not report.passed:
-            raise VerificationError(self._explain(report.failures))
+            raise VerificationError(self._explain(report))
         return report
 
-    def _explain(self, failures: list[VerifyRow]) -> str:
-        row = failures[0]
+    def _explain(self, report: VerifyReport) -> str:
         name = type(self.model).__name__
+        found = "; ".join(f"{finding.layer}: {finding.problem}" for finding in report.findings)
+        if not report.failures:
+            return f"{name}: {found}; nothing was written"
+        row = report.failures[0]
         if row.max_rel is None:
             what = f"{row.form} at batch {row.batch}: {row.note}"
         else:
@@ -199,9 +202,10 @@ class _Job:
                 f"{row.form} at batch {row.batch} differs by {row.max_rel:.2g} of the output's scale "
                 f"(tolerance {row.tolerance:.2g})"
             )
-        first = self._first_divergence(row)
-        where = f"; the first layer to diverge is {first}" if first else "; no single layer shows it when probed"
-        return f"{name}: {what}{where}; {len(failures)} comparisons failed and nothing was written"
+        if not found:
+            first = self._first_divergence(row)
+            found = f"the first layer to diverge is {first}" if first else "no single layer shows it when probed"
+        return f"{name}: {what}; {found}; {len(report.failures)} comparisons failed and nothing was written"
 
     def _first_divergence(self, row: VerifyRow) -> str | None:
         """Export once more with what layers write as outputs, and compare these in the form that failed.
@@ -226,7 +230,7 @@ class _Job:
             files = ModelFiles(Path(folder) / "probe")
             with self.folded() as fold_report:
                 # What a convolution writes is another thing before and after its norm went into it.
-                merged = {pair.conv for pair in fold_report.folded} if fold_report is not None else set()
+                merged = fold_report.rewritten if fold_report is not None else set()
                 with probing(self.model, paths - merged) as names:
                     self.write(files)
                 captured = list(names)
