@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -133,7 +133,8 @@ def test_norms_of_nested_graphs_are_found(tmp_path: Path) -> None:
 def test_norms_of_a_program(program: Path) -> None:
     found = inspect_one(program.with_suffix(".json"))
     assert verdicts(found) == EXPECTED
-    assert found.norms[2].name.startswith("BatchNorm2D_2 (batch_norm2d_")  # and how many there were before
+    # Paddle counts its layers over the whole process.
+    assert re.fullmatch(r"BatchNorm2D_\d+ \(batch_norm2d_\d+\)", found.norms[2].name)
     assert "use_global_stats=False" in (found.norms[2].batch_statistics or "")
     assert found.norms[0].read_by == ("relu ReLU",)
 
