@@ -34,9 +34,10 @@ ROOMS = {
     "onnx": FOUNDATION | {"inspection", "surgery", "verify"},
     "paddle": FOUNDATION | {"kernels", "surgery", "verify", "policy", "advice", "inspection", "onnx"},
     "recipes": FOUNDATION | {"kernels", "paddle", "surgery", "verify", "host", "policy", "lined", "settings"},
-    "models": {"errors", "inspection", "onnx", "paddle"},
-    "cli_models": {"errors", "models", "onnx", "paddle", "verify"},
-    "cli": {"errors", "host", "paddle", "cli_models", "recipes"},
+    "models": {"errors", "inspection", "onnx", "paddle", "verify"},
+    "quiet": set(),
+    "cli_models": FOUNDATION | {"models", "onnx", "verify", "quiet"},
+    "cli": {"errors", "host", "paddle", "cli_models", "recipes", "quiet"},
     "__init__": FOUNDATION | {"host"},
     "__main__": {"cli"},
 }

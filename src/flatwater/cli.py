@@ -7,14 +7,10 @@ needs them, so that ``--help`` answers at once.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import io
 import json
 import os
 import sys
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -25,6 +21,7 @@ from rich.table import Table
 import flatwater
 from flatwater import cli_models, host
 from flatwater.errors import FlatwaterError
+from flatwater.quiet import quiet
 
 __all__ = ["main"]
 
@@ -70,15 +67,6 @@ def _one_line(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("flatwater"):
         return f"this command needs the package {error.name}; pip install 'flatwater[ocr]' brings all that it needs"
     return f"{type(error).__name__}: {message} (a fault in Flatwater or below it; --debug shows where)"
-
-
-@contextlib.contextmanager
-def _quiet_import() -> Iterator[None]:
-    """Import Paddle without what it has to say about this machine: no ccache, more than one thread."""
-    os.environ.setdefault("GLOG_minloglevel", "2")  # errors only, from its C++ side
-    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-        warnings.simplefilter("ignore")
-        yield
 
 
 def _complain(message: str) -> None:
@@ -161,7 +149,7 @@ def _describe(found: host.Host) -> str:
     return ", ".join(filter(None, parts))
 
 
-for _command in (cli_models.inspect_command, cli_models.fold_command):
+for _command in (cli_models.inspect_command, cli_models.fold_command, cli_models.verify_command):
     flatwater_command.add_command(_command)
 
 
@@ -190,7 +178,7 @@ def train_command(overrides: tuple[str, ...], config: Path | None, output: Path,
         # The allocator and MKL read their settings when a process starts: so start it again, once.
         host.launch([sys.executable, "-m", "flatwater", *sys.argv[1:]])
 
-    with _quiet_import():
+    with quiet():
         from flatwater.recipes.ocr.job import run
 
     return 0 if run(config, overrides, output, resume=resume) else INTERRUPTED

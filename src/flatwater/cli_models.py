@@ -8,9 +8,12 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from flatwater.models import inspect_models
+from flatwater.files import write_whole
+from flatwater.models import inspect_models, verify_models
+from flatwater.quiet import quiet
+from flatwater.verify import verify_page
 
-__all__ = ["FOUND", "fold_command", "inspect_command"]
+__all__ = ["FOUND", "fold_command", "inspect_command", "verify_command"]
 
 FOUND = 3
 """The exit code of a check that ran and found what it looked for; 1 is an error and 2 a wrong command line."""
@@ -33,7 +36,8 @@ def inspect_command(path: Path, as_json: bool, fail_on: tuple[str, ...]) -> int:
 
     Exit code: 0, or 3 if something was found that --fail-on names; 1 for an error, as a file that is not a model.
     """
-    found = inspect_models(path)
+    with quiet():
+        found = inspect_models(path)
     if as_json:
         print(json.dumps({"models": [one.as_dict() for one in found]}, ensure_ascii=False))
     else:
@@ -88,3 +92,43 @@ def fold_command(
 
     report = fold_onnx(model, output, inputs=inputs, batch_sizes=batch, tolerance=tolerance)
     print(json.dumps(report.as_dict(), ensure_ascii=False) if as_json else report)
+
+
+@click.command("verify", short_help="Compare every form of an exported model on the same inputs.")
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option(
+    "--against",
+    type=click.Path(path_type=Path),
+    metavar="PATH",
+    help="The model that is right. Default: the Paddle program of PATH itself, else its ONNX file unoptimised.",
+)
+@_inputs
+@_batch
+@_tolerance
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of a table.")
+@click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Also write the table as a page.")
+def verify_command(
+    path: Path,
+    against: Path | None,
+    inputs: tuple[Path, ...],
+    batch: tuple[int, ...],
+    tolerance: float | None,
+    as_json: bool,
+    html: Path | None,
+) -> int:
+    """Run the same inputs through every form of the exported model at PATH, and compare.
+
+    PATH is the prefix that fw.export was given, a folder with one model, or a file. Forms: the reloaded Paddle program,
+    Paddle Inference with its IR passes off, on, and on with oneDNN, ONNX Runtime at each optimisation level.
+
+    Exit code: 0 if all agree, 3 if not, 1 for an error, as a file that is not a model.
+    """
+    with quiet():
+        report = verify_models(path, inputs, against=against, batch_sizes=batch, tolerance=tolerance)
+    if html is not None:
+        write_whole(html, verify_page(report, str(path)))
+    if as_json:
+        print(json.dumps(report.as_dict(), ensure_ascii=False))
+    else:
+        Console().print(report)
+    return 0 if report.passed else FOUND

@@ -1,14 +1,30 @@
-"""The files of exported models, by path, whatever their format."""
+"""The files of exported models, by path, whatever their format and without the model that they came from."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from flatwater.errors import CheckpointError
+from flatwater.errors import CheckpointError, InputError, VerificationError
 from flatwater.inspection import Inspection
 from flatwater.inspection.pir import inspect_pir, is_pir
+from flatwater.verify import (
+    Decode,
+    Finding,
+    Form,
+    InputSpec,
+    VerifyReport,
+    batch_sizes_of,
+    compare_forms,
+    default_tolerance,
+    onnx_forms,
+    onnx_inputs,
+    open_onnx,
+    running_inputs,
+)
 
-__all__ = ["find_models", "inspect_models"]
+__all__ = ["find_models", "inspect_models", "verify_models"]
 
 
 def find_models(path: str | Path) -> list[Path]:
@@ -59,4 +75,102 @@ def _inspect(path: Path) -> Inspection:
         return inspect_legacy(path)
     if path.suffix == ".json":
         return inspect_pir(path)
-    raise CheckpointError(f"{path}: is not a model by its suffix; give .onnx, .json or .pdmodel")
+    raise _no_model(path)
+
+
+def verify_models(
+    path: str | Path,
+    inputs: Sequence[str | Path] = (),
+    *,
+    against: str | Path | None = None,
+    batch_sizes: Sequence[int] = (1, 2, 17),
+    tolerance: float | None = None,
+    decode: Decode | None = None,
+) -> VerifyReport:
+    """Run the same inputs through every form of an exported model, and compare, where there is no live model.
+
+    Forms: for a Paddle program ``paddle.jit.load`` and Paddle Inference with its IR passes off, on, and on with
+    oneDNN; for an ONNX file ONNX Runtime at each optimisation level. The first form of what ``against`` is, else of
+    ``path``, is what the others are compared with: the reloaded program if there is one, else ONNX Runtime without
+    optimisation. Norms in training mode, and those that use the batch in ``eval()``, are findings: such a model does
+    not pass.
+
+    Args:
+        path: a file, the prefix of files, or a folder with one model.
+        inputs: see :func:`flatwater.verify.load_inputs`; by default what :func:`flatwater.verify.make_inputs` makes.
+        against: another such path.
+        batch_sizes: where the model fixes the batch, only that one is run.
+        tolerance: default :data:`flatwater.verify.TOLERANCES` for the dtype of the parameters (float32: 1e-4).
+        decode: see :func:`flatwater.paddle.verify`.
+
+    Raises:
+        CheckpointError: there is no model, or a file is not one.
+        InputError: several models in the folder, or inputs that are not what the model takes.
+        ExportError: the reference cannot be loaded.
+        VerificationError: it does not run, and has norms that use the batch.
+        BackendError: a package is not installed.
+    """
+    files = _one_model(path)
+    opened = [_open(file) for file in files]
+    forms = [form for one in opened for form in one.forms]
+    if against is None:
+        first, reference = opened[0], forms.pop(0)
+        name = reference.name
+    else:
+        first = _open(_one_model(against)[0])
+        reference = first.forms[0]
+        name = f"{reference.name} of {against}"
+    findings = [
+        Finding(f"{file.name}: {norm.name}", norm.batch_statistics or "")
+        for file in files
+        for norm in _inspect(file).training
+    ]
+    run = reference.load()
+    try:
+        examples = running_inputs(run, first.inputs, inputs)
+    except InputError as error:
+        if findings:
+            # Paddle Inference does not run older programs with such norms at all.
+            raise VerificationError(f"{error}; {findings[0].layer}: {findings[0].problem}") from error
+        raise
+    return compare_forms(
+        run,
+        forms,
+        examples,
+        batch_sizes=batch_sizes_of(first.inputs, batch_sizes),
+        tolerance=default_tolerance(first.dtype) if tolerance is None else tolerance,
+        decode=decode,
+        reference=name,
+        findings=findings,
+    )
+
+
+def _one_model(path: str | Path) -> list[Path]:
+    files = find_models(path)
+    names = list(dict.fromkeys(file.stem for file in files))
+    if len(names) > 1:
+        raise InputError(f"{path}: holds several models ({', '.join(names)}); give the prefix of one")
+    return files
+
+
+class _Opened(NamedTuple):
+    forms: list[Form]
+    inputs: list[InputSpec]
+    dtype: str
+
+
+def _open(path: Path) -> _Opened:
+    if path.suffix == ".onnx":
+        from flatwater.onnx import load_onnx, weight_dtype
+
+        model = load_onnx(path)
+        return _Opened(onnx_forms(path), onnx_inputs(open_onnx(path, "ORT_DISABLE_ALL")), weight_dtype(model))
+    if path.suffix in (".json", ".pdmodel"):
+        from flatwater.paddle.program import open_program
+
+        return _Opened(*open_program(path))
+    raise _no_model(path)
+
+
+def _no_model(path: Path) -> CheckpointError:
+    return CheckpointError(f"{path}: is not a model by its suffix; give .onnx, .json or .pdmodel")

@@ -15,7 +15,7 @@ from flatwater.inspection.graph import Graph, Linear, Norm, Operation, Part, Shi
 from flatwater.inspection.report import Inspection
 from flatwater.inspection.ways import inspect_graph
 
-__all__ = ["Call", "graph_of_calls", "inspect_pir", "is_pir", "read_pir"]
+__all__ = ["Call", "batch_statistics_in_eval", "graph_of_calls", "inspect_pir", "is_pir", "read_pir"]
 
 _Record = dict[str, Any]
 
@@ -113,13 +113,18 @@ def _batch_statistics(attributes: Mapping[str, Any]) -> str | None:
     if attributes.get("use_global_stats"):
         return None
     if attributes.get("trainable_statistics"):
-        return (
-            "use_global_stats=False: it normalizes with the statistics of the batch in eval() too, for which Paddle "
-            "Inference uses the running ones; set use_global_stats=None and export again"
-        )
+        return batch_statistics_in_eval("use_global_stats=False")
     if attributes.get("is_test"):
         return None
     return "is_test=False: it was captured in training mode; call eval() and export again"
+
+
+def batch_statistics_in_eval(setting: str) -> str:
+    """What is wrong with a batch norm that this setting makes use the batch in ``eval()``, and what to do."""
+    return (
+        f"{setting}: it normalizes with the statistics of the batch in eval() too, for which Paddle Inference with "
+        "oneDNN, its default, uses the running ones; set use_global_stats=None and export again"
+    )
 
 
 def is_pir(path: Path) -> bool:

@@ -7,9 +7,8 @@ try:
 except ImportError as error:
     raise BackendError("onnx is not installed; pip install 'flatwater[onnx]'") from error
 
-from flatwater.onnx.examples import onnx_examples
 from flatwater.onnx.fold import OnnxFoldReport, fold_onnx
 from flatwater.onnx.inspect import inspect_onnx
-from flatwater.onnx.model import load_onnx
+from flatwater.onnx.model import load_onnx, weight_dtype
 
-__all__ = ["OnnxFoldReport", "fold_onnx", "inspect_onnx", "load_onnx", "onnx_examples"]
+__all__ = ["OnnxFoldReport", "fold_onnx", "inspect_onnx", "load_onnx", "weight_dtype"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -38,20 +39,23 @@ def absorb(model: onnx.ModelProto) -> None:
 
 def _absorb_one(model: onnx.ModelProto) -> bool:
     graph = graph_of(model)
-    nodes = list(model.graph.node)
+    nodes = {node.output[0]: node for node in model.graph.node}
     initializers = {tensor.name: tensor for tensor in model.graph.initializer}
-    # The operations of the outermost graph come first, in the order of its nodes.
-    by_operation = {id(operation): node for operation, node in zip(graph.operations, nodes, strict=False)}
-    for operation in graph.operations[: len(nodes)]:
+    for operation in graph.operations:
         if not isinstance(operation.part, Norm):
             continue
         way = find_way(graph, operation, operation.part)
-        if not isinstance(way, Way) or id(way.target) not in by_operation:
+        if not isinstance(way, Way):
             continue
-        norm, target = by_operation[id(operation)], by_operation[id(way.target)]
-        shifts = [(by_operation[id(shift)], part.constant) for shift, part in way.shifts]
+        chain = [way.target, *(shift for shift, _ in way.shifts), operation]
+        if any(one.writes[0] not in nodes for one in chain):
+            continue  # of a nested graph
+        target, *between, norm = (nodes[one.writes[0]] for one in chain)
+        shifts = [(node, part.constant) for node, (_, part) in zip(between, way.shifts, strict=True)]
         read = [*norm.input[1:], *filter(None, target.input[1:]), *(constant for _, constant in shifts)]
-        if not initializers.keys() >= set(read):
+        linked = [target, *between, norm] if way.after else [norm, target]
+        adjoin = all(one.output[0] in two.input for one, two in itertools.pairwise(linked))
+        if not adjoin or not initializers.keys() >= set(read):
             continue
         edit = _Edit(model.graph, initializers)
         if target.op_type == "BatchNormalization":

@@ -13,16 +13,19 @@ from flatwater.errors import ExportError, VerificationError
 from flatwater.files import write_whole
 from flatwater.inspection import Norm, find_way
 from flatwater.onnx.absorb import absorb, norm_values
-from flatwater.onnx.examples import onnx_examples
 from flatwater.onnx.inspect import graph_of
-from flatwater.onnx.model import load_onnx
+from flatwater.onnx.model import load_onnx, weight_dtype
 from flatwater.onnx.optimise import optimise
 from flatwater.surgery.arithmetic import check_statistics
 from flatwater.verify import (
     VerifyReport,
+    batch_sizes_of,
     compare_forms,
     default_tolerance,
     onnx_forms,
+    onnx_inputs,
+    open_onnx,
+    running_inputs,
 )
 
 __all__ = ["OnnxFoldReport", "fold_onnx"]
@@ -101,7 +104,9 @@ def fold_onnx(
     original = load_onnx(path)
     _check_statistics(original)
     content = _serialise(original, path)
-    examples, batch_sizes = onnx_examples(content, inputs, batch_sizes)
+    specs = onnx_inputs(open_onnx(content, "ORT_DISABLE_ALL"))
+    reference = onnx_forms(content)[0].load()
+    examples = running_inputs(reference, specs, inputs)
 
     before = _norms(original)
     folded = optimise(original)
@@ -110,11 +115,11 @@ def fold_onnx(
     gone = [name for name in before if name not in after]
     result = _serialise(folded, path) if gone else content
     report = compare_forms(
-        onnx_forms(content)[0].load(),
+        reference,
         onnx_forms(result),
         examples,
-        batch_sizes=batch_sizes,
-        tolerance=default_tolerance(_dtype(original)) if tolerance is None else tolerance,
+        batch_sizes=batch_sizes_of(specs, batch_sizes),
+        tolerance=default_tolerance(weight_dtype(original)) if tolerance is None else tolerance,
         reference="the original, unoptimised",
     )
     if not report.passed:
@@ -154,10 +159,3 @@ def _check_statistics(model: onnx.ModelProto) -> None:
     for node in model.graph.node:
         if node.op_type == "BatchNormalization" and initializers.keys() >= set(node.input[1:5]):
             check_statistics(node.name or node.output[0], norm_values(node, initializers))
-
-
-def _dtype(model: onnx.ModelProto) -> str:
-    """The least exact float among the weights."""
-    present = {onnx.TensorProto.DataType.Name(tensor.data_type) for tensor in model.graph.initializer}
-    words = {"BFLOAT16": "bfloat16", "FLOAT16": "float16", "FLOAT": "float32", "DOUBLE": "float64"}
-    return next((dtype for word, dtype in words.items() if word in present), "float32")

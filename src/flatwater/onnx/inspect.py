@@ -38,7 +38,11 @@ def inspect_onnx(path: str | Path) -> Inspection:
 
 
 def graph_of(model: onnx.ModelProto) -> Graph:
-    """The graph with all that is nested in it: names of tensors are unique over all of it."""
+    """The graph with all that is nested in it: names of tensors are unique over all of it.
+
+    An Identity is left out, and what it writes goes by the name of what it reads, unless it is an output.
+    """
+    model = _without_identities(model)
     shapes = _shapes(model)
     constants: set[str] = set()
     results: set[str] = set()
@@ -70,6 +74,25 @@ class _Known(NamedTuple):
         return shape[0] if shape is not None and len(shape) == 1 else None
 
 
+def _without_identities(model: onnx.ModelProto) -> onnx.ModelProto:
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    results = {entry.name for graph in _graphs(copy.graph) for entry in graph.output}
+    names: dict[str, str] = {}
+    for graph in _graphs(copy.graph):
+        kept = []
+        for node in graph.node:
+            node.input[:] = [names.get(name, name) for name in node.input]
+            if node.op_type == "Identity" and node.output[0] not in results:
+                names[node.output[0]] = node.input[0]
+            else:
+                kept.append(node)
+        if len(kept) < len(graph.node):
+            del graph.node[:]
+            graph.node.extend(kept)
+    return copy
+
+
 def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
     yield graph
     for node in graph.node:
@@ -82,7 +105,7 @@ def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
 def _shapes(model: onnx.ModelProto) -> dict[str, list[int | None]]:
     """Of every tensor whose rank is known; None for sizes that are not."""
     shapes: dict[str, list[int | None]] = {}
-    for graph in _graphs(onnx.shape_inference.infer_shapes(model).graph):
+    for graph in _graphs(onnx.shape_inference.infer_shapes(model, data_prop=True).graph):
         for entry in (*graph.input, *graph.value_info, *graph.output):
             if entry.type.tensor_type.HasField("shape"):
                 dimensions = entry.type.tensor_type.shape.dim

@@ -9,7 +9,7 @@ from google.protobuf.message import DecodeError
 
 from flatwater.errors import CheckpointError
 
-__all__ = ["load_onnx"]
+__all__ = ["load_onnx", "weight_dtype"]
 
 
 def load_onnx(path: Path, *, weights: bool = True) -> onnx.ModelProto:
@@ -40,3 +40,10 @@ def load_onnx(path: Path, *, weights: bool = True) -> onnx.ModelProto:
             reason = " ".join(str(error).split())
             raise CheckpointError(f"{path}: its weights are in another file that cannot be read ({reason})") from error
     return model
+
+
+def weight_dtype(model: onnx.ModelProto) -> str:
+    """The least exact float among the weights."""
+    present = {onnx.TensorProto.DataType.Name(tensor.data_type) for tensor in model.graph.initializer}
+    words = {"BFLOAT16": "bfloat16", "FLOAT16": "float16", "FLOAT": "float32", "DOUBLE": "float64"}
+    return next((dtype for word, dtype in words.items() if word in present), "float32")

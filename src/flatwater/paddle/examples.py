@@ -11,7 +11,7 @@ from flatwater.errors import ExportError, InputError
 from flatwater.paddle.running import Inputs, as_inputs, evaluating, run
 from flatwater.verify import InputSpec, make_inputs, one_line
 
-__all__ = ["batch_sizes_of", "check_input_spec", "make_examples"]
+__all__ = ["check_input_spec", "input_spec", "make_examples"]
 
 
 def check_input_spec(input_spec: Any) -> list[paddle.static.InputSpec]:
@@ -32,22 +32,13 @@ def check_input_spec(input_spec: Any) -> list[paddle.static.InputSpec]:
     return list(input_spec)
 
 
-def batch_sizes_of(specs: Sequence[paddle.static.InputSpec]) -> tuple[int, ...]:
-    """1, 2 and 17, or the one size that the first spec fixes."""
-    shape = specs[0].shape
-    return (1, 2, 17) if not shape or shape[0] in (None, -1) else (shape[0],)
-
-
 def make_examples(model: paddle.nn.Layer, specs: Sequence[paddle.static.InputSpec]) -> Inputs:
     """What :func:`flatwater.verify.make_inputs` makes, in the first sizes with which the model runs.
 
     Raises:
         ExportError: it runs with none of them.
     """
-    wanted = [
-        InputSpec(spec.name or f"number {index}", _sizes(spec), str(spec.dtype).removeprefix("paddle.").lower())
-        for index, spec in enumerate(specs)
-    ]
+    wanted = [input_spec(spec, index) for index, spec in enumerate(specs)]
     reason = ""
     for arrays in make_inputs(wanted):
         inputs = as_inputs(arrays)
@@ -64,5 +55,7 @@ def make_examples(model: paddle.nn.Layer, specs: Sequence[paddle.static.InputSpe
     )
 
 
-def _sizes(spec: paddle.static.InputSpec) -> list[int | None]:
-    return [None if size in (None, -1) else size for size in spec.shape]
+def input_spec(spec: paddle.static.InputSpec, index: int) -> InputSpec:
+    """The same in the words of :mod:`flatwater.verify`; an input without a name has its index for one."""
+    shape = [None if size in (None, -1) else size for size in spec.shape]
+    return InputSpec(spec.name or f"number {index}", shape, str(spec.dtype).removeprefix("paddle.").lower())

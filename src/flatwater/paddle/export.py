@@ -15,7 +15,7 @@ import paddle
 
 from flatwater.errors import CheckpointError, ExportError, InputError, VerificationError
 from flatwater.paddle.conversion import convert_to_onnx, count_batch_norms, require_onnx
-from flatwater.paddle.examples import batch_sizes_of, check_input_spec, make_examples
+from flatwater.paddle.examples import check_input_spec, input_spec, make_examples
 from flatwater.paddle.fold import fold as fold_norms
 from flatwater.paddle.forms import ModelFiles, forms_of, live_form
 from flatwater.paddle.kinds import BATCH_NORMS
@@ -23,7 +23,7 @@ from flatwater.paddle.localize import first_divergence, probing
 from flatwater.paddle.running import Inputs, as_inputs, evaluating, layers_of, parameter_dtype
 from flatwater.paddle.verify import verify
 from flatwater.surgery import FoldReport
-from flatwater.verify import VerifyReport, VerifyRow, one_line, resize_batch
+from flatwater.verify import VerifyReport, VerifyRow, batch_sizes_of, one_line, resize_batch
 
 __all__ = ["ExportReport", "Format", "export"]
 
@@ -176,7 +176,7 @@ class _Job:
         Raises:
             VerificationError: some form differs, or does not run.
         """
-        sizes = batch_sizes_of(self.specs)
+        sizes = batch_sizes_of([input_spec(spec, 0) for spec in self.specs[:1]], (1, 2, 17))
         try:
             report = verify(
                 self.model, files.prefix, self._arguments(), batch_sizes=sizes, tolerance=self.tolerance, show=show

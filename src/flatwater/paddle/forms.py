@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from flatwater.errors import CheckpointError, InputError
 from flatwater.paddle.running import Inputs, flatten, run, to_numpy
 from flatwater.verify import Arrays, Form, Run, one_line, onnx_forms
 
-__all__ = ["ModelFiles", "forms_of", "live_form", "load_program", "program_inputs"]
+__all__ = ["ModelFiles", "forms_of", "inference_forms", "live_form", "load_program", "program_inputs"]
 
 
 class ModelFiles:
@@ -72,19 +73,26 @@ def live_form(model: paddle.nn.Layer, inputs: Inputs) -> Run:
 
 
 def forms_of(files: ModelFiles, dtype: str) -> list[Form]:
-    """Every form in which files with parameters of ``dtype`` can be run here; oneDNN has no float64."""
-    forms = []
+    """Every form in which files with parameters of ``dtype`` can be run here."""
+    forms: list[Form] = []
     if files.has_paddle:
-        forms += [
-            Form("paddle.jit.load", lambda: _run_program(files)),
-            Form("Paddle Inference, IR off", lambda: _run_inference(files, ir=False, onednn=False)),
-            Form("Paddle Inference, IR on", lambda: _run_inference(files, ir=True, onednn=False)),
-        ]
-        on_cpu = paddle.device.get_device().startswith("cpu")
-        if on_cpu and dtype != "float64" and paddle.base.core.is_compiled_with_onednn():
-            forms.append(Form("Paddle Inference, oneDNN", lambda: _run_inference(files, ir=True, onednn=True)))
+        forms.append(Form("paddle.jit.load", functools.partial(_run_program, files)))
+        forms += inference_forms(files.program, files.parameters, dtype)
     if files.onnx.is_file():
         forms += onnx_forms(files.onnx)
+    return forms
+
+
+def inference_forms(program: Path, parameters: Path, dtype: str) -> list[Form]:
+    """Paddle Inference with its IR passes off, on, and on with oneDNN, which has no float64."""
+
+    def form(words: str, *, ir: bool, onednn: bool) -> Form:
+        return Form(f"Paddle Inference, {words}", lambda: _run_inference(program, parameters, ir=ir, onednn=onednn))
+
+    forms = [form("IR off", ir=False, onednn=False), form("IR on", ir=True, onednn=False)]
+    on_cpu = paddle.device.get_device().startswith("cpu")
+    if on_cpu and dtype != "float64" and paddle.base.core.is_compiled_with_onednn():
+        forms.append(form("oneDNN", ir=True, onednn=True))
     return forms
 
 
@@ -128,10 +136,10 @@ def _run_program(files: ModelFiles) -> Run:
     return call
 
 
-def _run_inference(files: ModelFiles, *, ir: bool, onednn: bool) -> Run:
+def _run_inference(program: Path, parameters: Path, *, ir: bool, onednn: bool) -> Run:
     from paddle import inference
 
-    config = inference.Config(str(files.program), str(files.parameters))
+    config = inference.Config(str(program), str(parameters))
     config.disable_glog_info()
     config.switch_ir_optim(ir)
     if onednn:

@@ -10,9 +10,12 @@ import paddle
 from rich.console import Console
 
 from flatwater.errors import SurgeryError
+from flatwater.inspection.pir import batch_statistics_in_eval
+from flatwater.paddle.examples import input_spec
 from flatwater.paddle.forms import ModelFiles, forms_of, live_form, load_program, program_inputs
+from flatwater.paddle.kinds import BATCH_NORMS, normalizes_by_batch
 from flatwater.paddle.running import as_inputs, evaluating, layers_of, parameter_dtype, run
-from flatwater.verify import VerifyReport, compare_forms, default_tolerance, one_line
+from flatwater.verify import Decode, Finding, VerifyReport, batch_sizes_of, compare_forms, default_tolerance, one_line
 
 __all__ = ["verify"]
 
@@ -24,17 +27,20 @@ def verify(
     *,
     batch_sizes: Sequence[int] = (1, 2, 17),
     tolerance: float | None = None,
+    decode: Decode | None = None,
     show: bool = True,
 ) -> VerifyReport:
     """Run the same inputs through the live model and every form exported at ``path``, and compare.
 
     Forms: the program reloaded with ``paddle.jit.load``; Paddle Inference with its IR passes off, on, and on with
-    oneDNN; ONNX Runtime. Which of them there are depends on the files that stand at ``path``. The live model runs
-    in ``eval()`` and is put back into its mode.
+    oneDNN; ONNX Runtime at each of its optimisation levels. Which of them there are depends on the files that stand
+    at ``path``. The live model runs in ``eval()`` and is put back into its mode. Without a live model:
+    :func:`flatwater.models.verify_models`, and ``flatwater verify`` in a shell.
 
     ``max_abs`` = max |form - live|, ``max_rel`` = max_abs / max |live| within an output tensor, the largest
     over all outputs; a row passes if ``max_rel <= tolerance``. NaN and infinity equal only themselves. A form that
-    fails to load or to run is a row that does not pass, with its reason.
+    fails to load or to run is a row that does not pass, with its reason. A model with a norm that uses the batch's
+    statistics in ``eval()`` does not pass either, as Paddle's own forms of it differ: the report names each.
 
     Args:
         path: prefix of ``path.json``, ``path.pdiparams`` and ``path.onnx``.
@@ -42,6 +48,8 @@ def verify(
             floats scaled, see :func:`flatwater.verify.resize_batch`.
         batch_sizes: where the program was exported with a fixed batch size, only that one is run.
         tolerance: default :data:`flatwater.verify.TOLERANCES` for the dtype of the parameters (float32: 1e-4).
+        decode: from the list of a model's outputs, as arrays, to one item a sample, such as the text that was read.
+            A row in which an item differs from that of the live model does not pass.
         show: print the table.
 
     Raises:
@@ -52,10 +60,10 @@ def verify(
     files = ModelFiles(path)
     files.require()
     examples = as_inputs(inputs)
-    layers_of(model)
+    findings = _findings(model)
     if files.has_paddle:
-        fixed = [spec.shape[0] for spec in program_inputs(load_program(files))[:1] if spec.shape]
-        batch_sizes = [size for size in fixed if size is not None and size > 0] or batch_sizes
+        specs = program_inputs(load_program(files))
+        batch_sizes = batch_sizes_of([input_spec(spec, index) for index, spec in enumerate(specs)], batch_sizes)
     with evaluating(model):
         try:
             run(model, examples)
@@ -67,7 +75,21 @@ def verify(
             examples.arrays(),
             batch_sizes=batch_sizes,
             tolerance=default_tolerance(parameter_dtype(model)) if tolerance is None else tolerance,
+            decode=decode,
+            findings=findings,
         )
     if show:
         Console().print(report)
     return report
+
+
+def _findings(model: paddle.nn.Layer) -> list[Finding]:
+    """Batch norms that take the batch's statistics in ``eval()``."""
+    findings = []
+    for path, layer in layers_of(model):
+        if isinstance(layer, BATCH_NORMS) and normalizes_by_batch(layer, training=False):
+            setting = (
+                "trainable_statistics=True" if isinstance(layer, paddle.nn.BatchNorm) else "use_global_stats=False"
+            )
+            findings.append(Finding(f"{path} ({type(layer).__name__})", batch_statistics_in_eval(setting)))
+    return findings

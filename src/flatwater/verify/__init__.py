@@ -13,7 +13,8 @@ from flatwater.verify.forms import (
     open_onnx,
     resize_batch,
 )
-from flatwater.verify.inputs import InputSpec, load_inputs, make_inputs
+from flatwater.verify.html import verify_page
+from flatwater.verify.inputs import InputSpec, batch_sizes_of, load_inputs, make_inputs, running_inputs
 from flatwater.verify.report import Finding, VerifyReport, VerifyRow
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "Run",
     "VerifyReport",
     "VerifyRow",
+    "batch_sizes_of",
     "compare_forms",
     "default_tolerance",
     "difference",
@@ -38,4 +40,6 @@ __all__ = [
     "onnx_inputs",
     "open_onnx",
     "resize_batch",
+    "running_inputs",
+    "verify_page",
 ]

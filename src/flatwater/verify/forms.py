@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from flatwater.errors import BackendError, CheckpointError, InputError
+from flatwater.errors import BackendError, CheckpointError, ExportError, InputError
 from flatwater.verify.compare import largest_difference, same_argmax, same_items
 from flatwater.verify.inputs import InputSpec
 from flatwater.verify.report import Finding, VerifyReport, VerifyRow
@@ -174,6 +174,7 @@ def open_onnx(model: Path | bytes, level: str = "ORT_ENABLE_ALL") -> Any:
     Raises:
         BackendError: onnxruntime is not installed.
         CheckpointError: the file is not an ONNX model.
+        ExportError: ONNX Runtime cannot load it, as for an operator that it does not know.
     """
     try:
         import onnxruntime
@@ -186,11 +187,11 @@ def open_onnx(model: Path | bytes, level: str = "ORT_ENABLE_ALL") -> Any:
     try:
         return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:
+        name = "the model" if isinstance(model, bytes) else str(model)
         # ONNX Runtime has one exception class per status code, in a private module.
         if type(error).__name__ in ("InvalidProtobuf", "NoSuchFile", "NoModel"):
-            name = "the model" if isinstance(model, bytes) else model
             raise CheckpointError(f"{name}: is not an ONNX model ({one_line(error)}); export it again") from error
-        raise
+        raise ExportError(f"{name}: cannot be loaded by ONNX Runtime ({one_line(error)})") from error
 
 
 def onnx_inputs(session: Any) -> list[InputSpec]:

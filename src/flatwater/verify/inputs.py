@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from flatwater.errors import InputError
 
-__all__ = ["InputSpec", "load_inputs", "make_inputs"]
+__all__ = ["InputSpec", "batch_sizes_of", "load_inputs", "make_inputs", "running_inputs"]
 
 _BATCH = 2
 # Sizes that dynamic axes other than the batch are tried with: small, as ImageNet's networks want, smaller.
@@ -25,6 +25,39 @@ class InputSpec(NamedTuple):
     name: str
     shape: Sequence[int | None]
     dtype: str
+
+
+def running_inputs(
+    run: Callable[[list[npt.NDArray[Any]]], Any], specs: Sequence[InputSpec], files: Sequence[str | Path]
+) -> list[npt.NDArray[Any]]:
+    """The user's inputs if there are files, see :func:`load_inputs`, else the first that a model runs on.
+
+    Args:
+        run: the model.
+        specs: what it takes.
+        files: see :func:`load_inputs`.
+
+    Raises:
+        InputError: files that are no inputs, or a model that does not run on any.
+    """
+    reason: Exception | None = None
+    for arrays in [load_inputs(files, specs)] if files else make_inputs(specs):
+        try:
+            run(arrays)
+        except MemoryError:
+            raise
+        except Exception as error:  # whatever a runtime raises on a size that the model cannot take
+            reason = error
+            continue
+        return arrays
+    words = " ".join(str(reason).split())[:300]
+    raise InputError(f"the model does not run on the inputs ({words}); give inputs that it takes")
+
+
+def batch_sizes_of(specs: Sequence[InputSpec], wanted: Sequence[int]) -> list[int]:
+    """The sizes that are wanted, or the one that the first input fixes."""
+    fixed = specs[0].shape[0] if specs and specs[0].shape else None
+    return list(wanted) if fixed is None else [fixed]
 
 
 def make_inputs(specs: Sequence[InputSpec]) -> Iterator[list[npt.NDArray[Any]]]:

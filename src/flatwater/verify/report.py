@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-__all__ = ["Finding", "VerifyReport", "VerifyRow", "share"]
+__all__ = ["Finding", "VerifyReport", "VerifyRow", "number", "share"]
 
 
 class Finding(NamedTuple):
@@ -110,7 +110,7 @@ class VerifyReport:
             table.add_column(heading, justify="right", overflow="fold")
         table.add_column("")
         for row in self.rows:
-            cells = [row.form, str(row.batch), _number(row.max_abs), _number(row.max_rel), f"{row.tolerance:.0e}"]
+            cells = [row.form, str(row.batch), number(row.max_abs), number(row.max_rel), f"{row.tolerance:.0e}"]
             cells += [share(getattr(row, name)) for name in shares if shares[name]]
             table.add_row(*cells, "[green]pass[/]" if row.passed else "[red]FAIL[/]")
         return table
@@ -127,5 +127,8 @@ def share(value: float | None) -> str:
     return "–" if value is None else f"{math.floor(value * 1000 + 1e-9) / 10:g}%"
 
 
-def _number(value: float | None) -> str:
-    return "–" if value is None or not math.isfinite(value) else f"{value:.1e}"
+def number(value: float | None) -> str:
+    """Two significant digits, and 0 for what is exactly that."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    return f"{value:.1e}" if value else "0"
