@@ -151,7 +151,7 @@ def _deploy(model: Any, shape: Sequence[int]) -> Row:
     import paddle
 
     import flatwater.paddle as fw
-    from flatwater.paddle.forms import ModelFiles, forms_of
+    from flatwater.paddle.shipping.forms import ModelFiles, forms_of
 
     spec = [paddle.static.InputSpec(list(shape), "float32", "x")]
     arrays = [np.random.default_rng(2).normal(size=shape).astype(np.float32)]

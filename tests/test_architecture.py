@@ -42,6 +42,15 @@ ROOMS = {
     "__main__": {"cli"},
 }
 FRAMEWORK_ROOMS = {"paddle", "recipes"}
+# Within the front end: what each folder may import of the others. The modules at its top are the layers.
+FLOORS = {
+    "sync": set(),
+    "surgery": {"sync"},
+    "policy": {"surgery"},
+    "shipping": {"surgery"},
+    "nn": {"sync"},
+    "__init__": {"sync", "surgery", "policy", "shipping"},
+}
 MAX_LINES = 400
 
 
@@ -72,6 +81,14 @@ def test_arrows_point_one_way(source: Path) -> None:
     rooms_seen = {name.split(".")[1] for name in imported_modules(source) if name.startswith("flatwater.")}
     names_at_the_top = set(flatwater.__all__)
     assert rooms_seen - names_at_the_top - {room} <= ROOMS[room]
+
+
+@pytest.mark.parametrize("source", sorted((PACKAGE / "paddle").rglob("*.py")), ids=identify)
+def test_arrows_point_one_way_within_the_front_end(source: Path) -> None:
+    floor = source.relative_to(PACKAGE / "paddle").parts[0].removesuffix(".py")
+    floors = {path.name for path in (PACKAGE / "paddle").iterdir() if (path / "__init__.py").is_file()}
+    seen = {name.split(".")[2] for name in imported_modules(source) if name.startswith("flatwater.paddle.")}
+    assert (seen & floors) - {floor} <= FLOORS.get(floor, set())
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=identify)

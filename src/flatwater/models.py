@@ -70,7 +70,7 @@ def _inspect(path: Path) -> Inspection:
 
         return inspect_onnx(path)
     if path.suffix == ".pdmodel":
-        from flatwater.paddle.program import inspect_legacy
+        from flatwater.paddle.shipping.program import inspect_legacy
 
         return inspect_legacy(path)
     if path.suffix == ".json":
@@ -166,7 +166,7 @@ def _open(path: Path) -> _Opened:
         model = load_onnx(path)
         return _Opened(onnx_forms(path), onnx_inputs(open_onnx(path, "ORT_DISABLE_ALL")), weight_dtype(model))
     if path.suffix in (".json", ".pdmodel"):
-        from flatwater.paddle.program import open_program
+        from flatwater.paddle.shipping.program import open_program
 
         return _Opened(*open_program(path))
     raise _no_model(path)

@@ -17,7 +17,7 @@ from paddle.amp.auto_cast import amp_initialize
 
 import flatwater.paddle as fw
 from flatwater.errors import BackendError, ConfigError, FlatwaterError, InputError, StatisticsError, SurgeryError
-from flatwater.paddle import applied as applied_module
+from flatwater.paddle.policy import applied as applied_module
 from flatwater.policy import Policy
 
 
@@ -117,7 +117,7 @@ def test_on_any_error_nothing_has_changed(
     if error is StatisticsError:
         model.body[1]._variance.set_value(np.full(8, -1, "float32"))
     if error is BrokenError:
-        monkeypatch.setattr("flatwater.paddle.apply._Work.freeze", explode)
+        monkeypatch.setattr("flatwater.paddle.policy.rules._Work.freeze", explode)
     model(example(4, 3, 4, 4)).sum().backward()
     model.stem.eval()
     layers = model.sublayers()
@@ -458,7 +458,7 @@ def test_a_policy_from_a_file(tmp_path: Path) -> None:
 
 
 def test_without_what_reads_policies_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("flatwater.paddle.apply", "flatwater.policy"):
+    for name in ("flatwater.paddle.policy.rules", "flatwater.policy"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setitem(sys.modules, "pydantic", None)
     with pytest.raises(BackendError, match="pydantic is not installed"):

@@ -16,7 +16,7 @@ from paddle.static import InputSpec
 
 import flatwater.paddle as fw
 from flatwater.errors import BackendError, ExportError, FlatwaterError, InputError, VerificationError
-from flatwater.paddle.export import export
+from flatwater.paddle.shipping.export import export
 
 IMAGE = [InputSpec([None, 3, 64, 64], "float32", "image")]
 

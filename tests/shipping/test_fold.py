@@ -14,8 +14,8 @@ from paddle import nn
 
 import flatwater.paddle as fw
 from flatwater.errors import InputError, StatisticsError, SurgeryError
-from flatwater.paddle.fold import fold
-from flatwater.paddle.folded import FoldedNorm
+from flatwater.paddle.surgery.fold import fold
+from flatwater.paddle.surgery.folded import FoldedNorm
 
 # Relative to the largest output, float32: a layer or two of other rounding. A hundred layers get 1e-5.
 NEAR = 2e-6

@@ -14,7 +14,7 @@ from networks import evaluate, example, randomize, state_of
 from paddle import nn
 
 from flatwater.errors import StatisticsError, SurgeryError
-from flatwater.paddle.fold import fold
+from flatwater.paddle.surgery.fold import fold
 
 # Relative to the largest output, float32: a few layers of other rounding.
 NEAR = 2e-6

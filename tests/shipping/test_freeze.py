@@ -14,7 +14,7 @@ from paddle import nn
 
 import flatwater.paddle as fw
 from flatwater.errors import StatisticsError, SurgeryError
-from flatwater.paddle.freeze import freeze, frozen_report, thaw
+from flatwater.paddle.surgery.freeze import freeze, frozen_report, thaw
 
 KINDS = {
     "BatchNorm": nn.BatchNorm,

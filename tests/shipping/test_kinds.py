@@ -15,7 +15,7 @@ from paddle import nn
 
 import flatwater.paddle as fw
 from flatwater.errors import InputError, StatisticsError, SurgeryError
-from flatwater.paddle.recast import InstanceNorm, kind_of
+from flatwater.paddle.surgery.recast import InstanceNorm, kind_of
 
 CHANNELS = 6
 SHAPES = {"1d": (4, CHANNELS, 7), "2d": (4, CHANNELS, 5, 3), "3d": (2, CHANNELS, 3, 4, 5)}

@@ -28,7 +28,7 @@ from recalibration_data import (
 import flatwater.paddle as fw
 from flatwater import reference
 from flatwater.errors import SurgeryError
-from flatwater.paddle.population import _moments_by_operators
+from flatwater.paddle.surgery.population import _moments_by_operators
 from flatwater.surgery.recalibration import Pool
 
 # Paddle's BatchNorm2D says in every training step that it tracks statistics.

@@ -16,7 +16,7 @@ from recalibration_data import COMPUTED, STORED, assert_statistics, data, normal
 
 import flatwater.paddle as fw
 from flatwater import reference
-from flatwater.paddle.influence import closure, stages
+from flatwater.paddle.surgery.influence import closure, stages
 
 # Paddle's BatchNorm2D says in every training step that it tracks statistics.
 pytestmark = pytest.mark.filterwarnings("ignore:When training, we now always track:UserWarning")

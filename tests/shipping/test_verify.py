@@ -14,8 +14,8 @@ from paddle.static import InputSpec
 
 import flatwater.paddle as fw
 from flatwater.errors import CheckpointError, InputError, SurgeryError
-from flatwater.paddle.export import export
-from flatwater.paddle.verify import verify
+from flatwater.paddle.shipping.export import export
+from flatwater.paddle.shipping.verify import verify
 from flatwater.verify import Form, compare_forms, difference, largest_difference, resize_batch
 
 IMAGE = [InputSpec([None, 3, 8, 8], "float32", "image")]

@@ -21,8 +21,8 @@ from paddle.static import InputSpec
 import flatwater.paddle as fw
 from flatwater.errors import BackendError, CheckpointError, InputError, VerificationError
 from flatwater.models import verify_models
-from flatwater.paddle.conversion import convert_to_onnx
-from flatwater.paddle.verify import verify
+from flatwater.paddle.shipping.conversion import convert_to_onnx
+from flatwater.paddle.shipping.verify import verify
 from flatwater.verify import Finding, Form, VerifyReport, VerifyRow, compare_forms, verify_page
 
 IMAGE = [InputSpec([None, 3, 8, 8], "float32", "image")]

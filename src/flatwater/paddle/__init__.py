@@ -11,14 +11,7 @@ Ship     ``fold``, ``export``, ``verify``
 """
 
 from flatwater.paddle import nn
-from flatwater.paddle.applied import AppliedPolicy, float32_layers
-from flatwater.paddle.average import AverageStatistics, average_statistics
 from flatwater.paddle.conv import ConvBNLayer
-from flatwater.paddle.convert import convert, revert
-from flatwater.paddle.export import ExportReport, export
-from flatwater.paddle.fold import fold
-from flatwater.paddle.folded import FoldedNorm
-from flatwater.paddle.freeze import freeze, frozen_report, thaw
 from flatwater.paddle.layers import (
     BatchNorm,
     BatchNorm1D,
@@ -31,11 +24,18 @@ from flatwater.paddle.layers import (
     backend_of,
 )
 from flatwater.paddle.monitor import NormMonitor
-from flatwater.paddle.policy import apply_policy
-from flatwater.paddle.recalibrate import recalibrate
-from flatwater.paddle.sync import SyncBatchNorm
-from flatwater.paddle.sync_convert import convert_sync_batchnorm, revert_sync_batchnorm
-from flatwater.paddle.verify import verify
+from flatwater.paddle.policy.applied import AppliedPolicy, float32_layers
+from flatwater.paddle.policy.apply import apply_policy
+from flatwater.paddle.shipping.export import ExportReport, export
+from flatwater.paddle.shipping.verify import verify
+from flatwater.paddle.surgery.convert import convert, revert
+from flatwater.paddle.surgery.fold import fold
+from flatwater.paddle.surgery.folded import FoldedNorm
+from flatwater.paddle.surgery.freeze import freeze, frozen_report, thaw
+from flatwater.paddle.surgery.recalibrate import recalibrate
+from flatwater.paddle.sync.average import AverageStatistics, average_statistics
+from flatwater.paddle.sync.convert import convert_sync_batchnorm, revert_sync_batchnorm
+from flatwater.paddle.sync.layer import SyncBatchNorm
 from flatwater.surgery import ChangeReport, FoldReport
 from flatwater.surgery.converted import ConvertReport
 from flatwater.surgery.frozen import FreezeReport, FrozenReport

@@ -19,7 +19,7 @@ from flatwater.paddle.layers import (
     InstanceNorm2D,
     InstanceNorm3D,
 )
-from flatwater.paddle.sync import SyncBatchNorm
+from flatwater.paddle.sync.layer import SyncBatchNorm
 
 __all__ = [
     "BatchNorm",

@@ -1,4 +1,4 @@
-"""ModelView: how framework-free surgery sees a model. ``flatwater.paddle.view`` implements it."""
+"""ModelView: how framework-free surgery sees a model. ``flatwater.paddle.surgery.view`` implements it."""
 
 from __future__ import annotations
 

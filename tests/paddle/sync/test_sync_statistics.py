@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flatwater import reference
-from flatwater.paddle.sync_call import combine, contribution
+from flatwater.paddle.sync.call import combine, contribution
 
 
 @settings(deadline=None, max_examples=50)

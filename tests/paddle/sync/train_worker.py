@@ -17,7 +17,7 @@ from paddle.base import core
 from sync_cases import CASES, CHANNELS, STEPS, Case
 
 import flatwater.paddle as fw
-from flatwater.paddle.lanes import DeviceTransport
+from flatwater.paddle.sync.lanes import DeviceTransport
 
 COLLECTIVES = ("all_gather", "all_reduce", "all_to_all", "barrier", "broadcast", "gather", "recv", "reduce", "send")
 

@@ -23,7 +23,7 @@ import paddle
 from paddle import nn
 
 import flatwater.paddle as fw
-from flatwater.paddle.applied import AppliedPolicy
+from flatwater.paddle.policy.applied import AppliedPolicy
 from flatwater.policy import Policy
 from flatwater.recipes.ocr.config import Config, ModelConfig, NormConfig
 from flatwater.recipes.ocr.preprocess import HEIGHT

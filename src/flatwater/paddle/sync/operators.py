@@ -1,6 +1,6 @@
 """Synchronised batch norm in Paddle's own operators, for devices and dtypes that the kernels do not know.
 
-The same sums as in :mod:`flatwater.paddle.sync_call`, computed in float64 on the device and summed over the ranks by
+The same sums as in :mod:`flatwater.paddle.sync.call`, computed in float64 on the device and summed over the ranks by
 the group of the device; autograd does the rest, for the gradient of a sum over ranks is a sum over ranks. So there is
 one collective in each direction here too. It is right, and not fast: float64 takes the place of the two passes that
 the kernels make.
@@ -14,9 +14,9 @@ import numpy as np
 import paddle
 from paddle.autograd import PyLayer
 
-from flatwater.paddle.collectives import Direction
 from flatwater.paddle.composite import activate
-from flatwater.paddle.sync_call import SyncNormCall, refuse_second_derivative
+from flatwater.paddle.sync.call import SyncNormCall, refuse_second_derivative
+from flatwater.paddle.sync.collectives import Direction
 
 __all__ = ["normalize_by_operators", "update_by_operators"]
 

@@ -14,14 +14,14 @@ import paddle
 
 from flatwater.errors import InputError, SurgeryError
 from flatwater.paddle import layers
-from flatwater.paddle.freeze import _memory_of, freeze, thaw
 from flatwater.paddle.kinds import BATCH_NORMS
 from flatwater.paddle.norm import NormLayer
-from flatwater.paddle.recast import NormKind, is_fused, is_recast, kind_of, recast, restore
 from flatwater.paddle.running import layers_of
-from flatwater.paddle.snapshot import Snapshot
-from flatwater.paddle.sync import SyncBatchNorm
-from flatwater.paddle.sync_convert import revert_sync_batchnorm
+from flatwater.paddle.surgery.freeze import _memory_of, freeze, thaw
+from flatwater.paddle.surgery.recast import NormKind, is_fused, is_recast, kind_of, recast, restore
+from flatwater.paddle.surgery.snapshot import Snapshot
+from flatwater.paddle.sync.convert import revert_sync_batchnorm
+from flatwater.paddle.sync.layer import SyncBatchNorm
 from flatwater.surgery.converted import ConvertReport
 
 __all__ = ["convert", "revert"]

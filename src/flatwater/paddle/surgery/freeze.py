@@ -12,8 +12,8 @@ import paddle
 from flatwater.errors import SurgeryError
 from flatwater.paddle.kinds import BATCH_NORMS, INSTANCE_NORMS, SAMPLE_NORMS, normalizes_by_batch
 from flatwater.paddle.running import layers_of, to_numpy
-from flatwater.paddle.sync import SyncBatchNorm
-from flatwater.paddle.view import norm_values
+from flatwater.paddle.surgery.view import norm_values
+from flatwater.paddle.sync.layer import SyncBatchNorm
 from flatwater.surgery import ChangeReport, check_statistics
 from flatwater.surgery.frozen import FreezeReport, FrozenReport, departure
 

@@ -21,8 +21,8 @@ from paddle import distributed
 
 from flatwater.errors import DistributedError
 from flatwater.kernels import Statistics
-from flatwater.paddle.lanes import DeviceTransport, GlooTransport, Transport, Worker
-from flatwater.paddle.reports import Report, Reports
+from flatwater.paddle.sync.lanes import DeviceTransport, GlooTransport, Transport, Worker
+from flatwater.paddle.sync.reports import Report, Reports
 
 __all__ = ["Communicator", "Direction", "Operation", "communicator_of", "group_of", "world_ranks"]
 

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import paddle
 
-from flatwater.paddle.dataflow import Piece, Seen, find_pieces
+from flatwater.paddle.surgery.dataflow import Piece, Seen, find_pieces
 from flatwater.surgery import Fold
 
 __all__ = ["POISONS", "Poison", "Readings", "poisoned", "read_elsewhere", "readings_of"]
@@ -40,7 +40,7 @@ def readings_of(
     """What the readers of the folds read of the folds' hidden layers.
 
     Args:
-        layers, calls, run: see :func:`flatwater.paddle.dataflow.trace_calls`.
+        layers, calls, run: see :func:`flatwater.paddle.surgery.dataflow.trace_calls`.
     """
     hidden_from: dict[str, set[str]] = defaultdict(set)
     for fold in folds:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import paddle
 
 from flatwater.errors import BackendError
-from flatwater.paddle.applied import AppliedPolicy
+from flatwater.paddle.policy.applied import AppliedPolicy
 from flatwater.paddle.running import as_inputs
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def apply_policy(
         BackendError: pydantic or PyYAML, which policies need, is not installed.
     """
     try:
-        from flatwater.paddle.apply import apply_rules, as_policy
+        from flatwater.paddle.policy.rules import apply_rules, as_policy
     except ImportError as error:
         raise BackendError(
             f"{error.name} is not installed, which policies need; pip install pydantic pyyaml"

@@ -26,10 +26,10 @@ from paddle.jit.sot.psdb import fallback
 from flatwater import kernels
 from flatwater.errors import InputError, SingleValueError
 from flatwater.kernels import Buffer, Statistics, Vector
-from flatwater.paddle.collectives import Communicator, Direction, Operation
 from flatwater.paddle.dtypes import dtype_name
 from flatwater.paddle.memory import empty_like
 from flatwater.paddle.pruning import asked_for
+from flatwater.paddle.sync.collectives import Communicator, Direction, Operation
 from flatwater.spec import Activation, NormSpec
 
 __all__ = ["Shared", "SyncNormCall", "combine", "contribution", "normalize_shared", "refuse_second_derivative"]

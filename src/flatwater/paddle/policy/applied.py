@@ -11,9 +11,9 @@ import paddle
 from paddle.regularizer import L2Decay
 
 from flatwater.errors import ConfigError, SurgeryError
-from flatwater.paddle.freeze import freeze
 from flatwater.paddle.running import layers_of
-from flatwater.paddle.snapshot import Snapshot
+from flatwater.paddle.surgery.freeze import freeze
+from flatwater.paddle.surgery.snapshot import Snapshot
 from flatwater.surgery.applied import PolicyReport
 
 if TYPE_CHECKING:

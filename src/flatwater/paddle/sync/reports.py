@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
-from flatwater.paddle.lanes import Worker, connect_store
+from flatwater.paddle.sync.lanes import Worker, connect_store
 
 __all__ = ["Report", "Reports"]
 

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 from flatwater.errors import CheckpointError
 from flatwater.inspection import Inspection, inspect_graph
 from flatwater.inspection.pir import Call, graph_of_calls
-from flatwater.paddle.examples import input_spec
-from flatwater.paddle.forms import ModelFiles, forms_of, inference_forms, load_program, program_inputs
 from flatwater.paddle.running import parameter_dtype
+from flatwater.paddle.shipping.examples import input_spec
+from flatwater.paddle.shipping.forms import ModelFiles, forms_of, inference_forms, load_program, program_inputs
 from flatwater.verify import Form, InputSpec
 
 __all__ = ["Program", "inspect_legacy", "open_program"]

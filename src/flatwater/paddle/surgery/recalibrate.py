@@ -17,11 +17,11 @@ import rich.progress
 from rich.console import Console
 
 from flatwater.errors import FlatwaterError, InputError, SingleValueError, StatisticsError, SurgeryError
-from flatwater.paddle.influence import closure, influences, stages
 from flatwater.paddle.kinds import BATCH_NORMS, normalizes_by_batch
-from flatwater.paddle.population import Ranks, reading
 from flatwater.paddle.running import SyncBatchNormOnCPU, as_inputs, evaluating, layers_of, to_numpy
-from flatwater.paddle.sync import SyncBatchNorm
+from flatwater.paddle.surgery.influence import closure, influences, stages
+from flatwater.paddle.surgery.population import Ranks, reading
+from flatwater.paddle.sync.layer import SyncBatchNorm
 from flatwater.surgery.recalibration import Pool, RecalibrationReport, layer_change
 from flatwater.verify import one_line
 

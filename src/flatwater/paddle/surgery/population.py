@@ -15,8 +15,8 @@ import paddle
 from flatwater import kernels
 from flatwater.errors import DistributedError, InputError, SingleValueError
 from flatwater.kernels import Buffer, Statistics
-from flatwater.paddle.collectives import Operation, communicator_of, group_of, world_ranks
 from flatwater.paddle.dtypes import dtype_name
+from flatwater.paddle.sync.collectives import Operation, communicator_of, group_of, world_ranks
 from flatwater.surgery.recalibration import Pool
 
 __all__ = ["Ranks", "Reading", "first_tensor", "reading"]

@@ -9,11 +9,11 @@ import paddle
 
 from flatwater.errors import InputError
 from flatwater.paddle.backend import is_replay
-from flatwater.paddle.collectives import communicator_of, group_of, world_ranks
 from flatwater.paddle.kinds import normalizes_by_batch
 from flatwater.paddle.layers import _BatchNorm
-from flatwater.paddle.sync_call import Shared, SyncNormCall, normalize_shared
-from flatwater.paddle.sync_operators import normalize_by_operators, update_by_operators
+from flatwater.paddle.sync.call import Shared, SyncNormCall, normalize_shared
+from flatwater.paddle.sync.collectives import communicator_of, group_of, world_ranks
+from flatwater.paddle.sync.operators import normalize_by_operators, update_by_operators
 from flatwater.spec import SingleValue
 
 __all__ = ["SyncBatchNorm"]

@@ -11,7 +11,7 @@ from flatwater.errors import InputError, SurgeryError
 from flatwater.paddle import layers
 from flatwater.paddle.kinds import BATCH_NORMS
 from flatwater.paddle.running import layers_of
-from flatwater.paddle.sync import SyncBatchNorm
+from flatwater.paddle.sync.layer import SyncBatchNorm
 from flatwater.spec import canonical_activation
 from flatwater.surgery import ChangeReport
 

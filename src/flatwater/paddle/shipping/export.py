@@ -14,14 +14,14 @@ from typing import Any, Literal
 import paddle
 
 from flatwater.errors import CheckpointError, ExportError, InputError, VerificationError
-from flatwater.paddle.conversion import convert_to_onnx, count_batch_norms, require_onnx
-from flatwater.paddle.examples import check_input_spec, input_spec, make_examples
-from flatwater.paddle.fold import fold as fold_norms
-from flatwater.paddle.forms import ModelFiles, forms_of, live_form
 from flatwater.paddle.kinds import BATCH_NORMS
-from flatwater.paddle.localize import first_divergence, probing
 from flatwater.paddle.running import Inputs, as_inputs, evaluating, layers_of, parameter_dtype
-from flatwater.paddle.verify import verify
+from flatwater.paddle.shipping.conversion import convert_to_onnx, count_batch_norms, require_onnx
+from flatwater.paddle.shipping.examples import check_input_spec, input_spec, make_examples
+from flatwater.paddle.shipping.forms import ModelFiles, forms_of, live_form
+from flatwater.paddle.shipping.localize import first_divergence, probing
+from flatwater.paddle.shipping.verify import verify
+from flatwater.paddle.surgery.fold import fold as fold_norms
 from flatwater.surgery import FoldReport
 from flatwater.verify import VerifyReport, VerifyRow, batch_sizes_of, one_line, resize_batch
 

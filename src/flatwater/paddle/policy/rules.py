@@ -11,13 +11,13 @@ import paddle
 
 from flatwater.advice import Choice, choose_norm
 from flatwater.errors import ConfigError, SurgeryError
-from flatwater.paddle.applied import AppliedPolicy, Learning, freeze_layers, mark_float32
-from flatwater.paddle.freeze import _memory_of, thaw
 from flatwater.paddle.kinds import BATCH_NORMS
-from flatwater.paddle.probe import Probe, probe
-from flatwater.paddle.recast import affine_of, is_recast, kind_of, recast, restore
+from flatwater.paddle.policy.applied import AppliedPolicy, Learning, freeze_layers, mark_float32
+from flatwater.paddle.policy.probe import Probe, probe
 from flatwater.paddle.running import Inputs, layers_of
-from flatwater.paddle.snapshot import Snapshot
+from flatwater.paddle.surgery.freeze import _memory_of, thaw
+from flatwater.paddle.surgery.recast import affine_of, is_recast, kind_of, recast, restore
+from flatwater.paddle.surgery.snapshot import Snapshot
 from flatwater.policy import Chosen, Freeze, NormInfo, Policy
 from flatwater.surgery.applied import PolicyEntry
 

@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import paddle
 
-from flatwater.paddle.population import first_tensor
 from flatwater.paddle.running import to_numpy
+from flatwater.paddle.surgery.population import first_tensor
 
 __all__ = ["Matrix", "closure", "influences", "stages"]
 

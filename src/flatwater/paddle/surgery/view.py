@@ -12,13 +12,13 @@ import paddle
 
 from flatwater.errors import SurgeryError
 from flatwater.paddle import layers
-from flatwater.paddle.dataflow import Seen, find_copies, trace_calls
-from flatwater.paddle.folded import FoldedNorm
 from flatwater.paddle.kinds import BATCH_NORMS, SAMPLE_NORMS, normalizes_by_batch
-from flatwater.paddle.linears import LINEARS, channel_axis, layout_of, linear_obstacle, ports_of
-from flatwater.paddle.poison import POISONS, poisoned, read_elsewhere, readings_of
 from flatwater.paddle.running import Inputs, SyncBatchNormOnCPU, flatten, layers_of, run, to_numpy
-from flatwater.paddle.sync import SyncBatchNorm
+from flatwater.paddle.surgery.dataflow import Seen, find_copies, trace_calls
+from flatwater.paddle.surgery.folded import FoldedNorm
+from flatwater.paddle.surgery.linears import LINEARS, channel_axis, layout_of, linear_obstacle, ports_of
+from flatwater.paddle.surgery.poison import POISONS, poisoned, read_elsewhere, readings_of
+from flatwater.paddle.sync.layer import SyncBatchNorm
 from flatwater.surgery import Call, Fold, LinearValues, Movement, Movements, NormValues, Source, Trace
 from flatwater.verify import difference, one_line
 

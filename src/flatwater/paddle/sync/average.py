@@ -9,9 +9,9 @@ import numpy as np
 import paddle
 
 from flatwater.kernels import Statistics
-from flatwater.paddle.collectives import Operation, communicator_of, group_of, world_ranks
 from flatwater.paddle.kinds import BATCH_NORMS
 from flatwater.paddle.running import layers_of
+from flatwater.paddle.sync.collectives import Operation, communicator_of, group_of, world_ranks
 from flatwater.surgery import ChangeReport
 
 __all__ = ["AverageStatistics", "average_statistics"]

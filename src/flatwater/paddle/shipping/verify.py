@@ -11,10 +11,10 @@ from rich.console import Console
 
 from flatwater.errors import SurgeryError
 from flatwater.inspection.pir import batch_statistics_in_eval
-from flatwater.paddle.examples import input_spec
-from flatwater.paddle.forms import ModelFiles, forms_of, live_form, load_program, program_inputs
 from flatwater.paddle.kinds import BATCH_NORMS, normalizes_by_batch
 from flatwater.paddle.running import as_inputs, evaluating, layers_of, parameter_dtype, run
+from flatwater.paddle.shipping.examples import input_spec
+from flatwater.paddle.shipping.forms import ModelFiles, forms_of, live_form, load_program, program_inputs
 from flatwater.verify import Decode, Finding, VerifyReport, batch_sizes_of, compare_forms, default_tolerance, one_line
 
 __all__ = ["verify"]

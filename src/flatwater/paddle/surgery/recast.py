@@ -17,10 +17,10 @@ from paddle.nn.layer.norm import _InstanceNormBase
 
 from flatwater.errors import InputError, SurgeryError
 from flatwater.paddle import layers
-from flatwater.paddle.freeze import _memory_of
 from flatwater.paddle.kinds import BATCH_NORMS, INSTANCE_NORMS
-from flatwater.paddle.sync import SyncBatchNorm
-from flatwater.paddle.sync_convert import convert_sync_batchnorm, revert_sync_batchnorm
+from flatwater.paddle.surgery.freeze import _memory_of
+from flatwater.paddle.sync.convert import convert_sync_batchnorm, revert_sync_batchnorm
+from flatwater.paddle.sync.layer import SyncBatchNorm
 from flatwater.spec import canonical_activation
 
 __all__ = [

@@ -7,7 +7,7 @@ from typing import Any
 import paddle
 
 from flatwater.paddle.running import as_inputs, evaluating, layers_of, parameter_dtype
-from flatwater.paddle.view import PaddleView
+from flatwater.paddle.surgery.view import PaddleView
 from flatwater.surgery import FoldReport, fold_model
 from flatwater.verify import default_tolerance
 

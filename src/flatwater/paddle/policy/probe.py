@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import paddle
 
 from flatwater.errors import SurgeryError
-from flatwater.paddle.recast import channels_of
 from flatwater.paddle.running import Inputs, _fixed_randomness, evaluating, flatten
+from flatwater.paddle.surgery.recast import channels_of
 from flatwater.verify import one_line
 
 __all__ = ["Batch", "Probe", "probe"]
