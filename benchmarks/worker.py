@@ -58,8 +58,8 @@ class Worker:
             text=True,
             encoding="utf-8",
         )
-        self._answer()  # it says when it is ready
-        self._stop()
+        self.answer()  # it says when it is ready
+        self.stop()
 
     @property
     def pid(self) -> int:
@@ -72,14 +72,39 @@ class Worker:
         Raises:
             WorkerError: it raised, or the process ended.
         """
+        try:
+            self.ask(name, **arguments)
+            return self.answer()
+        finally:
+            self.stop()
+
+    def ask(self, name: str, **arguments: Any) -> None:
+        """Let the process run on and begin the handler ``name``: for workers that wait for each other meanwhile."""
         assert self._process.stdin is not None
         os.kill(self.pid, signal.SIGCONT)
         self._process.stdin.write(json.dumps({"name": name, "arguments": arguments}) + "\n")
         self._process.stdin.flush()
-        try:
-            return self._answer()
-        finally:
-            self._stop()
+
+    def answer(self) -> Any:
+        """What the handler that was asked for returned.
+
+        Raises:
+            WorkerError: it raised, or the process ended.
+        """
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            self._errors.seek(0)
+            raise WorkerError(f"the worker ended with exit code {self._process.wait()}:\n{self._errors.read()}")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise WorkerError(answer["error"])
+        return answer["value"]
+
+    def stop(self) -> None:
+        """Stop the process until it is asked again."""
+        with contextlib.suppress(ProcessLookupError):  # it may just have ended
+            os.kill(self.pid, signal.SIGSTOP)
 
     def timer(self, contender: str) -> Timer:
         """How to time one of the worker's contenders, through its handler ``time``."""
@@ -101,21 +126,6 @@ class Worker:
     ) -> None:
         """End the process, whatever happened."""
         self.close()
-
-    def _answer(self) -> Any:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            self._errors.seek(0)
-            raise WorkerError(f"the worker ended with exit code {self._process.wait()}:\n{self._errors.read()}")
-        answer = json.loads(line)
-        if "error" in answer:
-            raise WorkerError(answer["error"])
-        return answer["value"]
-
-    def _stop(self) -> None:
-        with contextlib.suppress(ProcessLookupError):  # it may just have ended
-            os.kill(self.pid, signal.SIGSTOP)
 
 
 def serve(handlers: Handlers) -> None:
