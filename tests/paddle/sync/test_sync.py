@@ -58,7 +58,10 @@ def test_each_rank_has_its_share_of_the_results(results: Results) -> None:
 def test_one_collective_per_direction_whose_size_is_that_of_the_layer(results: Results) -> None:
     for rank in results:
         assert (rank["forward"], rank["both"], rank["eval"]) == (1, 2, 0)
-        assert rank["sizes"].tolist() == [64, 64]  # for every world: 2·5 sums, the count and 4 marks, padded
+        # For every world: 2·5 sums, forward the count, and 4 marks; a message is that and its length, once a round.
+        assert rank["sizes"].tolist() == [15, 14]
+        assert set(rank["sent"].tolist()) == {8 * 16, 8 * 15}
+        assert rank["sent"].size <= 2 * 2
 
 
 def test_data_parallel_averages_to_the_gradient_of_the_mean_loss(results: Results) -> None:

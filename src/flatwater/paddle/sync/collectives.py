@@ -12,7 +12,6 @@ from __future__ import annotations
 import threading
 import time
 import zlib
-from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
@@ -21,8 +20,9 @@ from paddle import distributed
 
 from flatwater.errors import DistributedError
 from flatwater.kernels import Statistics
-from flatwater.paddle.sync.lanes import DeviceTransport, GlooTransport, Transport, Worker
+from flatwater.paddle.sync.doubling import DoublingTransport
 from flatwater.paddle.sync.reports import Report, Reports
+from flatwater.paddle.sync.transport import DeviceTransport, DifferentLengthsError, Transport
 
 __all__ = ["Communicator", "Direction", "Operation", "communicator_of", "group_of", "world_ranks"]
 
@@ -67,7 +67,6 @@ class Communicator:
         self.ranks = ranks
         self.rank = rank
         self._transport = transport
-        self._worker = Worker("flatwater-collective")
         self._reports = Reports(ranks, rank)
         self._calls = 0
         self._pending: _Attempt | None = None
@@ -76,7 +75,7 @@ class Communicator:
         self._failure: str | None = None
 
     def sum(self, values: Statistics, operation: Operation, timeout: float) -> Statistics:
-        """The sum of ``values`` over the ranks, by one all-reduce of ``len(values) + 4`` numbers, padded.
+        """The sum of ``values`` over the ranks, by one all-reduce of ``len(values) + 4`` numbers.
 
         Args:
             operation: what the values are for; compared between the ranks.
@@ -100,46 +99,26 @@ class Communicator:
         return total[marks.size :]
 
     def _sum(self, vector: Statistics, attempt: _Attempt) -> Statistics:
-        while True:
-            total = self._try(vector, attempt)
-            if total is not None:
-                return total
-
-    def _try(self, vector: Statistics, attempt: _Attempt) -> Statistics | None:
-        """The sum; None if the connections expired and new ones have to be tried."""
-        transport = self._transport
         try:
-            if attempt.left() > transport.patience and transport.ready(vector.size):
-                return transport.sum(vector)
-            return self._await(self._worker.submit(lambda: transport.sum(vector)), attempt)
+            return self._transport.sum(vector, lambda: self._pause(attempt))
         except DistributedError:
             raise
-        except Exception as error:  # whatever gloo or the device's library raises
-            if self._renew(error, attempt):
-                return None
-            self._fail(attempt, f"the connection failed ({str(error).splitlines()[0]})")
+        except DifferentLengthsError:
+            self._fail(attempt, "the ranks came with different things")
+        except Exception as error:  # whatever the network or the device's library raises
+            self._fail(attempt, f"the connection failed ({next(iter(str(error).splitlines()), type(error).__name__)})")
+        except BaseException as error:  # the user's Ctrl-C: half a message may be on its way
+            self._failure = f"{attempt.operation} was interrupted by {type(error).__name__}"
+            raise
 
-    def _await(self, job: Future[Statistics], attempt: _Attempt) -> Statistics:
-        while True:
-            left = attempt.left()
-            done, _ = wait([job], max(0.0, min(_PATIENCE, left)))
-            if done:
-                return job.result()
-            if left <= _PATIENCE:
-                self._fail(attempt, "a rank did not come")
-            if self._reports.contradict(self._report(attempt)):
-                self._fail(attempt, "the ranks are not at the same thing")
-
-    def _renew(self, error: Exception, attempt: _Attempt) -> bool:
-        """Get new connections, if the old ones expired while a rank waited: this one, or one that waits for it."""
-        if not self._transport.may_be_late(error):
-            return False
-        if attempt.waited() < self._transport.patience and not self._reports.invite(self._report(attempt)):
-            return False
-        self._transport.renew()
-        attempt.renewed = True
-        self._reports.publish(self._report(attempt))
-        return True
+    def _pause(self, attempt: _Attempt) -> float:
+        """For how many seconds to wait, if at all."""
+        left = attempt.left()
+        if left <= 0:
+            self._fail(attempt, "a rank did not come")
+        if attempt.waited() >= _PATIENCE and self._reports.contradict(self._report(attempt)):
+            self._fail(attempt, "the ranks are not at the same thing")
+        return min(_PATIENCE, left)
 
     def _fail(self, attempt: _Attempt, what: str) -> NoReturn:
         with self._speaking:
@@ -166,7 +145,7 @@ class Communicator:
                     self._reports.refresh()
 
     def _report(self, attempt: _Attempt, fault: str | None = None) -> Report:
-        return Report(self.rank, attempt.call, str(attempt.operation), attempt.renewed, fault)
+        return Report(self.rank, attempt.call, str(attempt.operation), fault)
 
 
 class _Attempt:
@@ -176,7 +155,6 @@ class _Attempt:
         self.call = call
         self.operation = operation
         self.timeout = timeout
-        self.renewed = False
         self._started = time.monotonic()
 
     def waited(self) -> float:
@@ -234,7 +212,7 @@ def communicator_of(ranks: tuple[int, ...], group_id: int | None, place: Any) ->
                 f"rank {rank} runs a SyncBatchNorm of ranks {list(ranks)}; give each rank a process_group that it is in"
             )
         transport: Transport = (
-            GlooTransport(ranks, rank) if on_cpu else DeviceTransport(distributed.get_group(group_id or 0), place)
+            DoublingTransport(ranks, rank) if on_cpu else DeviceTransport(distributed.get_group(group_id or 0), place)
         )
         found = _communicators[key] = Communicator(ranks, rank, transport)
     return found

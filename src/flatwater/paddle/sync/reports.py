@@ -7,13 +7,13 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
-from flatwater.paddle.sync.lanes import Worker, connect_store
+from flatwater.paddle.sync.rendezvous import connect_store
+from flatwater.paddle.sync.transport import Worker
 
 __all__ = ["Report", "Reports"]
 
-# How long the store may take to answer, and how long a rank waits for the others to say that they wait for it.
+# How long the store may take to answer.
 _ANSWER = 2.0
-_INVITATION = 1.0
 
 
 @dataclass(frozen=True)
@@ -24,14 +24,12 @@ class Report:
         rank: whose report it is.
         call: how many sums it has begun.
         operation: what the last of them is for.
-        renewing: whether its connections expired while it waited, so that it waits at new ones.
         fault: why it gave up; None while it waits.
     """
 
     rank: int
     call: int
     operation: str
-    renewing: bool = False
     fault: str | None = None
 
     def __str__(self) -> str:
@@ -70,14 +68,6 @@ class Reports:
     def refresh(self) -> None:
         """Read what the others have said."""
         self._do(self._refresh)
-
-    def invite(self, mine: Report) -> bool:
-        """Whether a rank that waits for this one's sum has, or just now gets, new connections."""
-
-        def waits(report: Report) -> bool:
-            return report.renewing and report.call == mine.call and not report.fault
-
-        return self._look(_INVITATION, lambda: any(map(waits, list(self._latest.values()))))
 
     def collect(self, mine: Report, seconds: float) -> str:
         """What every other rank says, when all have spoken, or after so long."""
