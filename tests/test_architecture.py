@@ -28,7 +28,7 @@ ROOMS = {
     "reference": FOUNDATION,
     "kernels": FOUNDATION,
     "surgery": FOUNDATION,
-    "verify": FOUNDATION | {"reference"},
+    "verify": FOUNDATION | {"reference", "inspection"},
     "host": {"errors"},
     "inspection": FOUNDATION,
     "onnx": FOUNDATION | {"inspection", "surgery", "verify"},

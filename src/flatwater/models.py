@@ -18,9 +18,7 @@ from flatwater.verify import (
     batch_sizes_of,
     compare_forms,
     default_tolerance,
-    onnx_forms,
-    onnx_inputs,
-    open_onnx,
+    look_inside,
     running_inputs,
 )
 
@@ -70,7 +68,7 @@ def _inspect(path: Path) -> Inspection:
 
         return inspect_onnx(path)
     if path.suffix == ".pdmodel":
-        from flatwater.paddle.shipping.program import inspect_legacy
+        from flatwater.paddle.shipping.legacy import inspect_legacy
 
         return inspect_legacy(path)
     if path.suffix == ".json":
@@ -93,7 +91,8 @@ def verify_models(
     oneDNN; for an ONNX file ONNX Runtime at each optimisation level. The first form of what ``against`` is, else of
     ``path``, is what the others are compared with: the reloaded program if there is one, else ONNX Runtime without
     optimisation. Norms in training mode, and those that use the batch in ``eval()``, are findings: such a model does
-    not pass.
+    not pass. If a form is off, the report names the first norm layer at which it is, see
+    :func:`flatwater.verify.find_divergence`.
 
     Args:
         path: a file, the prefix of files, or a folder with one model.
@@ -142,6 +141,7 @@ def verify_models(
         decode=decode,
         reference=name,
         findings=findings,
+        look=look_inside(reference),
     )
 
 
@@ -161,7 +161,7 @@ class _Opened(NamedTuple):
 
 def _open(path: Path) -> _Opened:
     if path.suffix == ".onnx":
-        from flatwater.onnx import load_onnx, weight_dtype
+        from flatwater.onnx import load_onnx, onnx_forms, onnx_inputs, open_onnx, weight_dtype
 
         model = load_onnx(path)
         return _Opened(onnx_forms(path), onnx_inputs(open_onnx(path, "ORT_DISABLE_ALL")), weight_dtype(model))

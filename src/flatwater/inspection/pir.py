@@ -15,7 +15,7 @@ from flatwater.inspection.graph import Graph, Linear, Norm, Operation, Part, Shi
 from flatwater.inspection.report import Inspection
 from flatwater.inspection.ways import inspect_graph
 
-__all__ = ["Call", "batch_statistics_in_eval", "graph_of_calls", "inspect_pir", "is_pir", "read_pir"]
+__all__ = ["Call", "batch_statistics_in_eval", "graph_of_calls", "inspect_pir", "is_pir", "pir_graph", "read_pir"]
 
 _Record = dict[str, Any]
 
@@ -161,14 +161,23 @@ def inspect_pir(path: str | Path) -> Inspection:
         CheckpointError: see :func:`read_pir`.
     """
     content = read_pir(Path(path))
+    form = f"Paddle program (PIR {content['base_code'].get('version', '?')})"
+    return inspect_graph(str(path), form, pir_graph(content, path))
+
+
+def pir_graph(content: _Record, path: str | Path) -> Graph:
+    """The graph in what :func:`read_pir` read from ``path``. Tensors are called ``%`` and their number.
+
+    Raises:
+        CheckpointError: it is not put together as such files are.
+    """
     try:
-        graph = _graph(content["program"])
+        return _graph(content["program"])
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{path}: is a Paddle program of a form that is not known here ({type(error).__name__}: {error}); "
             "export it with Paddle 3"
         ) from error
-    return inspect_graph(str(path), f"Paddle program (PIR {content['base_code'].get('version', '?')})", graph)
 
 
 def _graph(program: _Record) -> Graph:

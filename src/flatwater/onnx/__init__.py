@@ -10,5 +10,15 @@ except ImportError as error:
 from flatwater.onnx.fold import OnnxFoldReport, fold_onnx
 from flatwater.onnx.inspect import inspect_onnx
 from flatwater.onnx.model import load_onnx, weight_dtype
+from flatwater.onnx.runtime import onnx_forms, onnx_inputs, open_onnx
 
-__all__ = ["OnnxFoldReport", "fold_onnx", "inspect_onnx", "load_onnx", "weight_dtype"]
+__all__ = [
+    "OnnxFoldReport",
+    "fold_onnx",
+    "inspect_onnx",
+    "load_onnx",
+    "onnx_forms",
+    "onnx_inputs",
+    "open_onnx",
+    "weight_dtype",
+]

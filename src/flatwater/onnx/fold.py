@@ -16,15 +16,14 @@ from flatwater.onnx.absorb import absorb, norm_values
 from flatwater.onnx.inspect import graph_of
 from flatwater.onnx.model import load_onnx, weight_dtype
 from flatwater.onnx.optimise import optimise
+from flatwater.onnx.runtime import onnx_forms, onnx_inputs, open_onnx
 from flatwater.surgery.arithmetic import check_statistics
 from flatwater.verify import (
     VerifyReport,
     batch_sizes_of,
     compare_forms,
     default_tolerance,
-    onnx_forms,
-    onnx_inputs,
-    open_onnx,
+    look_inside,
     running_inputs,
 )
 
@@ -105,8 +104,9 @@ def fold_onnx(
     _check_statistics(original)
     content = _serialise(original, path)
     specs = onnx_inputs(open_onnx(content, "ORT_DISABLE_ALL"))
-    reference = onnx_forms(content)[0].load()
-    examples = running_inputs(reference, specs, inputs)
+    reference = onnx_forms(content)[0]
+    run = reference.load()
+    examples = running_inputs(run, specs, inputs)
 
     before = _norms(original)
     folded = optimise(original)
@@ -115,18 +115,20 @@ def fold_onnx(
     gone = [name for name in before if name not in after]
     result = _serialise(folded, path) if gone else content
     report = compare_forms(
-        reference,
+        run,
         onnx_forms(result),
         examples,
         batch_sizes=batch_sizes_of(specs, batch_sizes),
         tolerance=default_tolerance(weight_dtype(original)) if tolerance is None else tolerance,
         reference="the original, unoptimised",
+        look=look_inside(reference),
     )
     if not report.passed:
         row = report.failures[0]
         what = row.note or f"{row.max_rel:.2g} of the output's scale (tolerance {row.tolerance:.2g})"
+        where = f"{report.diverging.words}; " if report.diverging else ""
         raise VerificationError(
-            f"{path}: folded, it differs in {row.form} at batch {row.batch}: {what}; nothing was written"
+            f"{path}: folded, it differs in {row.form} at batch {row.batch}: {what}; {where}nothing was written"
         )
     try:
         write_whole(output, result)

@@ -1,44 +1,45 @@
 """The same inputs through every form of a model, side by side."""
 
 from flatwater.verify.compare import TOLERANCES, Difference, default_tolerance, difference, largest_difference
-from flatwater.verify.forms import (
-    Arrays,
-    Decode,
-    Form,
-    Run,
-    compare_forms,
-    one_line,
-    onnx_forms,
-    onnx_inputs,
-    open_onnx,
-    resize_batch,
-)
+from flatwater.verify.divergence import find_divergence, look_inside
+from flatwater.verify.forms import Arrays, Decode, Form, Inside, Look, Run, Written, one_line
 from flatwater.verify.html import verify_page
-from flatwater.verify.inputs import InputSpec, batch_sizes_of, load_inputs, make_inputs, running_inputs
-from flatwater.verify.report import Finding, VerifyReport, VerifyRow
+from flatwater.verify.inputs import (
+    InputSpec,
+    batch_sizes_of,
+    load_inputs,
+    make_inputs,
+    resize_batch,
+    running_inputs,
+)
+from flatwater.verify.report import Divergence, Finding, VerifyReport, VerifyRow
+from flatwater.verify.side_by_side import compare_forms
 
 __all__ = [
     "TOLERANCES",
     "Arrays",
     "Decode",
     "Difference",
+    "Divergence",
     "Finding",
     "Form",
     "InputSpec",
+    "Inside",
+    "Look",
     "Run",
     "VerifyReport",
     "VerifyRow",
+    "Written",
     "batch_sizes_of",
     "compare_forms",
     "default_tolerance",
     "difference",
+    "find_divergence",
     "largest_difference",
     "load_inputs",
+    "look_inside",
     "make_inputs",
     "one_line",
-    "onnx_forms",
-    "onnx_inputs",
-    "open_onnx",
     "resize_batch",
     "running_inputs",
     "verify_page",

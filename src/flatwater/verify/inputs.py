@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from flatwater.errors import InputError
 
-__all__ = ["InputSpec", "batch_sizes_of", "load_inputs", "make_inputs", "running_inputs"]
+__all__ = ["InputSpec", "batch_sizes_of", "load_inputs", "make_inputs", "resize_batch", "running_inputs"]
 
 _BATCH = 2
 # Sizes that dynamic axes other than the batch are tried with: small, as ImageNet's networks want, smaller.
@@ -144,3 +144,32 @@ def _fitted(array: npt.NDArray[Any], spec: InputSpec) -> npt.NDArray[Any]:
     if np.dtype(spec.dtype).kind != "f" or array.dtype.kind not in "fiu":
         raise InputError(f"input {spec.name!r} is {spec.dtype}, but the array is {array.dtype}; convert it")
     return array.astype(spec.dtype)
+
+
+def resize_batch(inputs: list[npt.NDArray[Any]], size: int) -> list[npt.NDArray[Any]]:
+    """The inputs with ``size`` samples: the first ones, again from the start where there are too few.
+
+    Floats are scaled down a little more in every repetition, so that no two samples are equal and a form that
+    takes one for another is found out. Integers and booleans, often indices and masks, are repeated as they are.
+    Tensors whose first axis is not as long as the first tensor's have no batch axis, and stay.
+
+    Raises:
+        InputError: ``size`` is not positive, or there is no sample to repeat.
+    """
+    if size < 1:
+        raise InputError(f"batch size {size} is not positive; use sizes of at least 1")
+    if not inputs or inputs[0].ndim == 0 or len(inputs[0]) == 0:
+        raise InputError("the inputs hold no sample; give at least one, along the first axis")
+    count = len(inputs[0])
+    repetition, index = np.divmod(np.arange(size), count)
+    factor = 1 - repetition / size
+
+    def resize(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        if not array.ndim or len(array) != count:
+            return array
+        taken: npt.NDArray[Any] = array[index]
+        if not np.issubdtype(array.dtype, np.floating):
+            return taken
+        return np.asarray(taken * factor.reshape(-1, *(1,) * (array.ndim - 1)), dtype=array.dtype)
+
+    return [resize(array) for array in inputs]

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-__all__ = ["Finding", "VerifyReport", "VerifyRow", "number", "share"]
+__all__ = ["Divergence", "Finding", "VerifyReport", "VerifyRow", "number", "share"]
 
 
 class Finding(NamedTuple):
@@ -24,6 +24,20 @@ class Finding(NamedTuple):
 
     layer: str
     problem: str
+
+
+class Divergence(NamedTuple):
+    """Where a form that failed starts to compute something else.
+
+    Attributes:
+        form: which form: the first that failed.
+        layer: the first norm layer at which it does; None if that is not known.
+        words: what was found, or why nothing was.
+    """
+
+    form: str
+    layer: str | None
+    words: str
 
 
 @dataclass(frozen=True)
@@ -62,14 +76,14 @@ class VerifyReport:
         rows: form by form.
         reference: what the forms were compared with.
         findings: what is known to be wrong with the model.
-        diverging: the first norm layer at which a form that failed computes something else; None if that is not
-            known.
+        diverging: where a form that failed starts to compute something else; None if no number is off, or nothing
+            could be looked into.
     """
 
     rows: list[VerifyRow]
     reference: str = "the live model"
     findings: list[Finding] = field(default_factory=list)
-    diverging: str | None = None
+    diverging: Divergence | None = None
 
     @property
     def passed(self) -> bool:
@@ -88,7 +102,7 @@ class VerifyReport:
             "reference": self.reference,
             "rows": [asdict(row) for row in self.rows],
             "findings": [finding._asdict() for finding in self.findings],
-            "diverging": self.diverging,
+            "diverging": None if self.diverging is None else self.diverging._asdict(),
         }
 
     @property
@@ -96,7 +110,7 @@ class VerifyReport:
         """What there is to say besides numbers, each once."""
         remarks = [f"{row.form}: {row.note}" for row in self.rows if row.note]
         remarks += [f"{finding.layer}: {finding.problem}" for finding in self.findings]
-        remarks += [f"the first norm layer to diverge is {self.diverging}"] if self.diverging else []
+        remarks += [f"{self.diverging.form}: {self.diverging.words}"] if self.diverging else []
         return list(dict.fromkeys(remarks))
 
     def __rich__(self) -> Table:

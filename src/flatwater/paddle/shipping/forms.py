@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import paddle
 
 from flatwater.errors import CheckpointError, InputError
 from flatwater.paddle.running import Inputs, flatten, run, to_numpy
-from flatwater.verify import Arrays, Form, Run, one_line, onnx_forms
+from flatwater.paddle.shipping.probes import Load, look_into
+from flatwater.verify import Arrays, Form, Inside, Run, one_line
 
 __all__ = ["ModelFiles", "forms_of", "inference_forms", "live_form", "load_program", "program_inputs"]
 
@@ -76,9 +77,12 @@ def forms_of(files: ModelFiles, dtype: str) -> list[Form]:
     """Every form in which files with parameters of ``dtype`` can be run here."""
     forms: list[Form] = []
     if files.has_paddle:
-        forms.append(Form("paddle.jit.load", functools.partial(_run_program, files)))
+        load = functools.partial(_run_program, files.program, files.parameters)
+        forms.append(Form("paddle.jit.load", load, _inside(files.program, files.parameters, _run_program)))
         forms += inference_forms(files.program, files.parameters, dtype)
     if files.onnx.is_file():
+        from flatwater.onnx import onnx_forms
+
         forms += onnx_forms(files.onnx)
     return forms
 
@@ -87,13 +91,21 @@ def inference_forms(program: Path, parameters: Path, dtype: str) -> list[Form]:
     """Paddle Inference with its IR passes off, on, and on with oneDNN, which has no float64."""
 
     def form(words: str, *, ir: bool, onednn: bool) -> Form:
-        return Form(f"Paddle Inference, {words}", lambda: _run_inference(program, parameters, ir=ir, onednn=onednn))
+        load = functools.partial(_run_inference, ir=ir, onednn=onednn)
+        inside = _inside(program, parameters, load)
+        return Form(f"Paddle Inference, {words}", functools.partial(load, program, parameters), inside)
 
     forms = [form("IR off", ir=False, onednn=False), form("IR on", ir=True, onednn=False)]
     on_cpu = paddle.device.get_device().startswith("cpu")
     if on_cpu and dtype != "float64" and paddle.base.core.is_compiled_with_onednn():
         forms.append(form("oneDNN", ir=True, onednn=True))
     return forms
+
+
+def _inside(program: Path, parameters: Path, load: Load) -> Callable[[], Inside]:
+    # paddle.jit.load runs a program as it stands, but only one of the newer format.
+    plain = _run_program if program.suffix == ".json" else functools.partial(_run_inference, ir=False, onednn=False)
+    return functools.partial(look_into, program, parameters, plain, load)
 
 
 def load_program(files: ModelFiles) -> paddle.nn.Layer:
@@ -126,12 +138,13 @@ def program_inputs(program: paddle.nn.Layer) -> list[paddle.static.InputSpec]:
     return list(program._input_spec())
 
 
-def _run_program(files: ModelFiles) -> Run:
-    program = load_program(files)
+def _run_program(program: Path, parameters: Path) -> Run:
+    """With ``parameters`` beside ``program``, as Paddle finds them by their common prefix."""
+    layer = load_program(ModelFiles(program.with_suffix("")))
 
     def call(arrays: Arrays) -> Arrays:
         with paddle.no_grad():
-            return [to_numpy(tensor) for tensor in flatten(program(*map(paddle.to_tensor, arrays)))]
+            return [to_numpy(tensor) for tensor in flatten(layer(*map(paddle.to_tensor, arrays)))]
 
     return call
 

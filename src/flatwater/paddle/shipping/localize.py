@@ -1,4 +1,4 @@
-"""Which layer of an exported program is the first to compute something else than the live model."""
+"""What the layers of the live model write, to say which of them an exported program computes otherwise."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import Any, TypeAlias
 import numpy.typing as npt
 import paddle
 
-from flatwater.paddle.running import flatten, layers_of
-from flatwater.verify import Arrays, difference
+from flatwater.paddle.kinds import BATCH_NORMS, SAMPLE_NORMS
+from flatwater.paddle.running import Inputs, flatten, layers_of, to_numpy
+from flatwater.paddle.shipping.forms import live_form
+from flatwater.verify import Arrays, Look, Written, difference
 
-__all__ = ["first_divergence", "probing"]
+__all__ = ["first_divergence", "look_at", "probing"]
 
 _Array: TypeAlias = npt.NDArray[Any]
 
@@ -75,3 +77,34 @@ def first_divergence(
         if name in expected and difference(expected[name], array).max_rel > tolerance:
             return name
     return None
+
+
+def look_at(model: paddle.nn.Layer, inputs: Inputs) -> Look:
+    """What shows the norm layers of a model at work, called as ``inputs`` are, in whatever mode it is."""
+    labels = {path: f"{path} ({type(layer).__name__})" for path, layer in layers_of(model)}
+
+    def look(arrays: Arrays) -> list[Written]:
+        found: list[Written] = []
+        # By identity: what is kept alive keeps its own.
+        alive: dict[int, tuple[paddle.Tensor, Written]] = {}
+
+        def note(path: str) -> Any:
+            def hook(layer: paddle.nn.Layer, args: Any, output: Any) -> None:
+                for tensor in flatten(args):
+                    if id(tensor) in alive:
+                        alive[id(tensor)][1].read_by.extend(map(to_numpy, flatten(output)))
+                if isinstance(layer, (*BATCH_NORMS, *SAMPLE_NORMS)):
+                    for tensor in flatten(output):
+                        found.append(Written(labels[path], to_numpy(tensor), []))
+                        alive[id(tensor)] = tensor, found[-1]
+
+            return hook
+
+        with contextlib.ExitStack() as hooks:
+            for path, layer in layers_of(model):
+                if not layer._sub_layers:
+                    hooks.callback(layer.register_forward_post_hook(note(path)).remove)
+            live_form(model, inputs)(arrays)
+        return found
+
+    return look

@@ -15,6 +15,7 @@ from flatwater.paddle.kinds import BATCH_NORMS, normalizes_by_batch
 from flatwater.paddle.running import as_inputs, evaluating, layers_of, parameter_dtype, run
 from flatwater.paddle.shipping.examples import input_spec
 from flatwater.paddle.shipping.forms import ModelFiles, forms_of, live_form, load_program, program_inputs
+from flatwater.paddle.shipping.localize import look_at
 from flatwater.verify import Decode, Finding, VerifyReport, batch_sizes_of, compare_forms, default_tolerance, one_line
 
 __all__ = ["verify"]
@@ -40,7 +41,8 @@ def verify(
     ``max_abs`` = max |form - live|, ``max_rel`` = max_abs / max |live| within an output tensor, the largest
     over all outputs; a row passes if ``max_rel <= tolerance``. NaN and infinity equal only themselves. A form that
     fails to load or to run is a row that does not pass, with its reason. A model with a norm that uses the batch's
-    statistics in ``eval()`` does not pass either, as Paddle's own forms of it differ: the report names each.
+    statistics in ``eval()`` does not pass either, as Paddle's own forms of it differ: the report names each. If a form
+    is off, the report names the first norm layer at which it is, see :func:`flatwater.verify.find_divergence`.
 
     Args:
         path: prefix of ``path.json``, ``path.pdiparams`` and ``path.onnx``.
@@ -60,7 +62,7 @@ def verify(
     files = ModelFiles(path)
     files.require()
     examples = as_inputs(inputs)
-    findings = _findings(model)
+    findings, look = _findings(model), look_at(model, examples)
     if files.has_paddle:
         specs = program_inputs(load_program(files))
         batch_sizes = batch_sizes_of([input_spec(spec, index) for index, spec in enumerate(specs)], batch_sizes)
@@ -77,6 +79,7 @@ def verify(
             tolerance=default_tolerance(parameter_dtype(model)) if tolerance is None else tolerance,
             decode=decode,
             findings=findings,
+            look=look,
         )
     if show:
         Console().print(report)

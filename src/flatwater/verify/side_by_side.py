@@ -1,0 +1,114 @@
+"""The comparison: the same inputs through every form of a model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from flatwater.errors import CheckpointError
+from flatwater.verify.compare import Difference, largest_difference, same_argmax, same_items
+from flatwater.verify.divergence import find_divergence
+from flatwater.verify.forms import Arrays, Decode, Form, Look, Run, one_line
+from flatwater.verify.inputs import resize_batch
+from flatwater.verify.report import Divergence, Finding, VerifyReport, VerifyRow
+
+__all__ = ["compare_forms"]
+
+
+def compare_forms(
+    live: Run,
+    forms: Sequence[Form],
+    inputs: Arrays,
+    *,
+    batch_sizes: Sequence[int],
+    tolerance: float,
+    decode: Decode | None = None,
+    reference: str = "the live model",
+    findings: Sequence[Finding] = (),
+    look: Look | None = None,
+) -> VerifyReport:
+    """Run ``inputs`` at every batch size through the live model and every form.
+
+    A form that cannot be loaded or fails to run is a row that does not pass, with the first line of its reason.
+
+    Args:
+        live: what is right.
+        forms: what is compared with it.
+        inputs: cut or repeated to each batch size, see :func:`resize_batch`.
+        batch_sizes: at least one.
+        tolerance: what the relative difference may be.
+        decode: makes one item a sample, as a text, of a model's outputs; every item has to be equal too.
+        reference: what ``live`` is called.
+        findings: what is known to be wrong already; a report with findings does not pass.
+        look: shows what the layers of ``live`` write, to say where the first form that fails starts to differ.
+
+    Raises:
+        CheckpointError: a file is not a model of its kind.
+    """
+    batches = {size: resize_batch(inputs, size) for size in batch_sizes}
+    expected = {size: live(batch) for size, batch in batches.items()}
+    rows = []
+    moved: tuple[Form, int] | None = None
+    for form in forms:
+        run: Run | None = None
+        broken = ""
+        try:
+            run = form.load()
+        except (CheckpointError, MemoryError):
+            raise
+        except Exception as error:  # whatever a runtime raises is its reason for not running this model
+            broken = f"cannot be loaded: {one_line(error)}"
+        for size, batch in batches.items():
+            if run is None:
+                rows.append(VerifyRow(form.name, size, None, None, tolerance, passed=False, note=broken))
+                continue
+            try:
+                actual = run([array.copy() for array in batch])
+            except MemoryError:
+                raise
+            except Exception as error:  # as above
+                note = f"fails to run: {one_line(error)}"
+                rows.append(VerifyRow(form.name, size, None, None, tolerance, passed=False, note=note))
+                continue
+            found = largest_difference(expected[size], actual)
+            rows.append(_row(form.name, size, found, (expected[size], actual), tolerance, decode))
+            if moved is None and found.max_rel > tolerance:
+                moved = form, size
+    diverging = None
+    if look is not None and moved is not None:
+        form, size = moved
+        diverging = _explain(form, look, batches[size], tolerance)
+    return VerifyReport(rows, reference, list(findings), diverging)
+
+
+def _row(
+    name: str,
+    size: int,
+    found: Difference,
+    outputs: tuple[Arrays, Arrays],
+    tolerance: float,
+    decode: Decode | None,
+) -> VerifyRow:
+    expected, actual = outputs
+    comparable = math.isfinite(found.max_rel)
+    decoded = None if decode is None or found.note else same_items(decode(expected), decode(actual))
+    return VerifyRow(
+        name,
+        size,
+        found.max_abs if math.isfinite(found.max_abs) else None,
+        found.max_rel if comparable else None,
+        tolerance,
+        passed=found.max_rel <= tolerance and decoded in (None, 1.0),
+        note=found.note or (None if comparable else "differs from a reference that is all zero"),
+        argmax=None if found.note else same_argmax(expected, actual),
+        decoded=decoded,
+    )
+
+
+def _explain(form: Form, look: Look, inputs: Arrays, tolerance: float) -> Divergence | None:
+    try:
+        return find_divergence(form, look(inputs), inputs, tolerance)
+    except MemoryError:
+        raise
+    except Exception as error:  # a runtime may refuse to return what lies inside; that the form fails is said already
+        return Divergence(form.name, None, f"where it diverges could not be found: {one_line(error)}")
