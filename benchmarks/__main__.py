@@ -17,6 +17,9 @@ from rich.console import Console, RenderableType
 
 from benchmarks import accuracy, kernels, layers, machine, memory, report, shapes
 from benchmarks import host as host_steps
+from benchmarks import sync as sync_steps
+from benchmarks.sync_model import Network
+from benchmarks.sync_report import sync as sync_tables
 from flatwater import host
 
 __all__: list[str] = []
@@ -35,6 +38,7 @@ class Options:
     torch: bool
     quick: bool
     rounds: int
+    network: Network | None
     progress: Callable[[str], object]
 
     @property
@@ -91,12 +95,18 @@ def run_host(options: Options) -> dict[str, Any]:
     return host_steps.measure(count=3 if options.quick else 7, progress=options.progress)
 
 
+def run_sync(options: Options) -> dict[str, Any]:
+    """SyncBatchNorm in training steps on two and four ranks, its sums alone, and a model of more ranks."""
+    return sync_steps.measure(network=options.network, count=options.rounds, progress=options.progress)
+
+
 MEASURES: dict[str, tuple[Callable[[Options], dict[str, Any]], Callable[[Any], list[RenderableType]]]] = {
     "kernels": (run_kernels, report.kernels),
     "layers": (run_layers, report.layers),
     "memory": (run_memory, report.memory),
     "accuracy": (run_accuracy, report.accuracy),
     "host": (run_host, report.host),
+    "sync": (run_sync, sync_tables),
 }
 
 
@@ -110,6 +120,8 @@ MEASURES: dict[str, tuple[Callable[[Options], dict[str, Any]], Callable[[Any], l
     "--environment", "environments", multiple=True, type=click.Choice([*machine.ENVIRONMENTS]), help="Only it."
 )
 @click.option("--rounds", type=click.IntRange(min=1), help="Rounds behind each median  [default: 9; quick: 3]")
+@click.option("--latency", type=click.FloatRange(min=0, min_open=True), help="Your network's, in µs: sync models it.")
+@click.option("--bandwidth", type=click.FloatRange(min=0, min_open=True), help="Your network's, in GB/s.")
 @click.option("--json", "target", type=click.Path(dir_okay=False, path_type=Path), help="Write everything there, too.")
 def command(
     parts: tuple[str, ...],
@@ -119,6 +131,8 @@ def command(
     norms: tuple[str, ...],
     environments: tuple[str, ...],
     rounds: int | None,
+    latency: float | None,
+    bandwidth: float | None,
     target: Path | None,
 ) -> None:
     """Measure Flatwater's normalization beside its limits and its alternatives; all parts if none is named."""
@@ -126,6 +140,9 @@ def command(
         host.launch([sys.executable, "-m", "benchmarks", *sys.argv[1:]])
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that workers are ended
 
+    if (latency is None) != (bandwidth is None):
+        raise click.UsageError("a network has a latency and a bandwidth; give both --latency and --bandwidth")
+    network = Network(latency * 1e-6, bandwidth * 1e9) if latency is not None and bandwidth is not None else None
     cases = shapes.cases(models, quick=quick)
     if not cases:
         raise click.UsageError(f"--quick leaves no shape of {', '.join(models)}; name another model, or leave it out")
@@ -146,6 +163,7 @@ def command(
             torch=torch,
             quick=quick,
             rounds=rounds or (3 if quick else 9),
+            network=network,
             progress=status.update,
         )
         for part in MEASURES if not parts or "all" in parts else dict.fromkeys(parts):
