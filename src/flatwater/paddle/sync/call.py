@@ -14,8 +14,10 @@ The backward pass sums Σdz and Σdz·x̂. A rank without values brings zeros to
 
 from __future__ import annotations
 
+import math
 import zlib
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -59,8 +61,7 @@ def contribution(count: int, mean: Statistics, m2: Statistics, pivot: Statistics
 def combine(total: Statistics, pivot: Statistics) -> tuple[int, Statistics, Statistics]:
     """Count, mean and M2 of all values, from the sum of all contributions."""
     count = int(total[0])
-    shift, square = np.split(total[1:], 2)
-    shift = shift / max(count, 1)
+    shift, square = total[1 : pivot.size + 1] / max(count, 1), total[pivot.size + 1 :]
     return count, pivot + shift, np.maximum(square - count * shift**2, 0.0)
 
 
@@ -90,6 +91,7 @@ class SyncNormCall:
     m2: Statistics = field(default_factory=lambda: np.empty(0))
     inv_std: Statistics = field(default_factory=lambda: np.empty(0))
 
+    @cached_property
     def pivot(self) -> Statistics:
         """The running mean, where it is a number."""
         return np.where(np.isfinite(self.running_mean), self.running_mean, 0.0)
@@ -100,19 +102,18 @@ class SyncNormCall:
         Raises:
             DistributedError: not every rank came, or they came with different things.
         """
-        pivot = self.pivot()
         # What is the same on every rank: an operation of another name, size or pivot is a fault.
-        detail = f"running mean {zlib.crc32(pivot.tobytes()):08x}" if direction == "forward" else ""
-        operation = Operation(self.shared.layer, direction, pivot.size, detail)
+        detail = f"running mean {zlib.crc32(self.pivot.tobytes()):08x}" if direction == "forward" else ""
+        operation = Operation(self.shared.layer, direction, self.running_mean.size, detail)
         return self.shared.communicator.sum(values, operation, self.shared.timeout)
 
-    def take_total(self, total: Statistics, pivot: Statistics) -> None:
+    def take_total(self, total: Statistics) -> None:
         """Set the statistics, from the sum of all contributions.
 
         Raises:
             SingleValueError: one value per channel on all ranks together.
         """
-        self.count, self.mean, self.m2 = combine(total, pivot)
+        self.count, self.mean, self.m2 = combine(total, self.pivot)
         if self.count < 2:
             ranks = list(self.shared.communicator.ranks)
             raise SingleValueError(
@@ -137,7 +138,7 @@ class SyncNormCall:
         """How the kernels see a dense tensor shaped like x."""
         outer, *rest = tensor.shape
         channels = rest.pop(-1 if self.channels_last else 0)
-        shape = (outer, channels, int(np.prod(rest)))
+        shape = (outer, channels, math.prod(rest))
         return Buffer(tensor.data_ptr(), dtype_name(tensor), shape, self.channels_last)
 
     def optional(self, tensor: paddle.Tensor | None) -> Buffer | None:
@@ -188,8 +189,7 @@ class _SyncNorm(PyLayer):
         seen = call.buffer(x)
         mean, m2 = np.zeros((2, seen.shape[1]))
         count = kernels.batch_statistics(seen, mean, m2)
-        pivot = call.pivot()
-        call.take_total(call.sum(contribution(count, mean, m2, pivot), "forward"), pivot)
+        call.take_total(call.sum(contribution(count, mean, m2, call.pivot), "forward"))
         kernels.batch_normalize(seen, call.buffer(y), residual=call.optional(residual), **_settings(weight, bias, call))
         return y
 
@@ -212,7 +212,7 @@ class _SyncNorm(PyLayer):
         kernels.batch_gradient_sums(*seen, sum_dz=sum_dz, sum_dz_xhat=sum_dz_xhat, **settings)
         # Also where no gradient for x is wanted here: another rank may want one.
         total = call.sum(np.concatenate([sum_dz, sum_dz_xhat]), "backward")
-        settings["sum_dz"], settings["sum_dz_xhat"] = np.split(total, 2)
+        settings["sum_dz"], settings["sum_dz_xhat"] = total[: sum_dz.size], total[sum_dz.size :]
         kernels.batch_input_gradient(*seen, call.optional(dx), call.optional(dresidual), count=call.count, **settings)
         dweight = _stored(sum_dz_xhat, weight) if needed[1] else None
         dbias = _stored(sum_dz, bias) if needed[2] else None

@@ -94,7 +94,7 @@ class Communicator:
         marks = _marks(attempt)
         total = self._sum(np.concatenate([marks, values]), attempt)
         self._pending = None
-        if not np.array_equal(total[: marks.size], marks * len(self.ranks)):
+        if not (total[: marks.size] == marks * len(self.ranks)).all():
             self._fail(attempt, "the ranks came with different things")
         return total[marks.size :]
 

@@ -42,13 +42,12 @@ def normalize_by_operators(
     affine = [channels if i == axis else 1 for i in range(x.ndim)]
     shared = [i for i in range(x.ndim) if i != axis]
 
-    pivot = call.pivot()
-    centred = x.astype("float64") - paddle.to_tensor(pivot, place=x.place).reshape(affine)
+    centred = x.astype("float64") - paddle.to_tensor(call.pivot, place=x.place).reshape(affine)
     count = paddle.full([1], x.size // channels, "float64")
     total = _SumOverRanks.apply(
         paddle.concat([count, centred.sum(shared), centred.square().sum(shared)]), call, "forward"
     )
-    call.take_total(np.array(total.numpy()), pivot)
+    call.take_total(np.array(total.numpy()))
     shift, square = (part / call.count for part in total[1:].split(2))
     inv_std = paddle.rsqrt(paddle.clip(square - shift.square(), min=0.0) + call.epsilon)
     z = (centred - shift.reshape(affine)) * inv_std.reshape(affine)
