@@ -94,7 +94,7 @@ def test_the_users_inputs(good: Path, tmp_path: Path) -> None:
         verify_models(good, [tmp_path / "b.npy"])
 
 
-def test_older_programs_run_in_paddle_inference(tmp_path: Path) -> None:
+def test_older_programs_run_in_paddle_inference(good: Path, tmp_path: Path) -> None:
     code = (
         "import sys; sys.path.insert(0, sys.argv[2])\n"
         "import paddle, test_verify_files as t\n"
@@ -109,6 +109,11 @@ def test_older_programs_run_in_paddle_inference(tmp_path: Path) -> None:
     assert report.passed
     assert report.reference == INFERENCE[0]
     assert forms(report) == INFERENCE[1:]
+    # Another network of the same architecture, whose norms come from other convolutions.
+    for path, against in ((tmp_path / "good.pdmodel", good), (good, tmp_path / "good.pdmodel")):
+        other = verify_models(path, against=against, batch_sizes=[3])
+        assert other.diverging is not None
+        assert re.search(r"batch_norm2d_\d+", str(other.diverging.layer))
     with pytest.raises(VerificationError, match=r"bad\.pdmodel: batch_norm2d_\d+: use_global_stats=False"):
         verify_models(tmp_path / "bad.pdmodel", batch_sizes=[3])
     (tmp_path / "good.pdiparams").unlink()

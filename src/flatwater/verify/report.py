@@ -7,9 +7,10 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
-from rich.console import Console
-from rich.markup import escape
+from rich import box
+from rich.console import Console, Group
 from rich.table import Table
+from rich.text import Text
 
 __all__ = ["Divergence", "Finding", "VerifyReport", "VerifyRow", "number", "share"]
 
@@ -113,27 +114,41 @@ class VerifyReport:
         remarks += [f"{self.diverging.form}: {self.diverging.words}"] if self.diverging else []
         return list(dict.fromkeys(remarks))
 
-    def __rich__(self) -> Table:
-        table = Table(
-            title=escape(f"Every form against {self.reference}"), caption="\n".join(map(escape, self.remarks)) or None
-        )
-        shares = {"argmax": any(row.argmax is not None for row in self.rows)}
-        shares["decoded"] = any(row.decoded is not None for row in self.rows)
+    def summary(self) -> str:
+        """One line."""
+        if self.failures:
+            verdict = f"{len(self.failures)} of {len(self.rows)} comparisons fail"
+        elif self.passed:
+            verdict = "all agree"
+        else:
+            verdict = "not to be shipped as it is" if self.rows else "there is none"
+        within = ", ".join(f"{one:g}" for one in sorted({row.tolerance for row in self.rows}))
+        return f"Every form against {self.reference}" + f", within {within}" * bool(within) + f": {verdict}"
+
+    def __rich__(self) -> Group:
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        shares = [name for name in ("argmax", "decoded") if any(getattr(row, name) is not None for row in self.rows)]
         table.add_column("form", overflow="fold")
-        for heading in ("batch", "max |Δ|", "relative", "tolerance", *(name for name in shares if shares[name])):
+        for heading in ("batch", "max |Δ|", "relative", *shares):
             table.add_column(heading, justify="right", overflow="fold")
         table.add_column("")
+        above = ""
         for row in self.rows:
-            cells = [row.form, str(row.batch), number(row.max_abs), number(row.max_rel), f"{row.tolerance:.0e}"]
-            cells += [share(getattr(row, name)) for name in shares if shares[name]]
-            table.add_row(*cells, "[green]pass[/]" if row.passed else "[red]FAIL[/]")
-        return table
+            cells = ["" if row.form == above else row.form, str(row.batch)]
+            cells += [number(row.max_abs), number(row.max_rel)]
+            cells += [share(getattr(row, name)) for name in shares]
+            table.add_row(*cells, "[green]pass[/]" if row.passed else "[bold red]FAIL[/]")
+            above = row.form
+        remarks = Table.grid(padding=(0, 1))
+        for remark in self.remarks:
+            remarks.add_row(" –", Text(remark))
+        return Group(Text(self.summary(), style="bold"), table, *[remarks] * bool(self.remarks))
 
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=110, color_system=None)
         with console.capture() as captured:
             console.print(self)
-        return captured.get().rstrip()
+        return "\n".join(line.rstrip() for line in captured.get().splitlines()).strip()
 
 
 def share(value: float | None) -> str:
