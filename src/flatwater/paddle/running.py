@@ -18,6 +18,7 @@ __all__ = [
     "SyncBatchNormOnCPU",
     "as_inputs",
     "evaluating",
+    "fixed_randomness",
     "flatten",
     "layers_of",
     "parameter_dtype",
@@ -109,13 +110,13 @@ def parameter_dtype(model: paddle.nn.Layer) -> str:
 
 def run(model: paddle.nn.Layer, inputs: Inputs) -> list[paddle.Tensor]:
     """The model's output tensors, without gradients, at a fixed point of the random number stream."""
-    with paddle.no_grad(), _fixed_randomness():
+    with paddle.no_grad(), fixed_randomness():
         return flatten(model(*inputs.args, **inputs.kwargs))
 
 
 @contextlib.contextmanager
-def _fixed_randomness() -> Iterator[None]:
-    # A model that draws in eval() too draws the same in every run, and the user's stream does not move.
+def fixed_randomness() -> Iterator[None]:
+    """Whatever is drawn inside, Paddle's stream of random numbers is where it was: the next run draws the same."""
     state = paddle.get_rng_state()
     try:
         yield

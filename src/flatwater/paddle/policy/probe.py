@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import paddle
 
 from flatwater.errors import SurgeryError
-from flatwater.paddle.running import Inputs, _fixed_randomness, evaluating, flatten
+from flatwater.paddle.running import Inputs, evaluating, fixed_randomness, flatten
 from flatwater.paddle.surgery.recast import channels_of
 from flatwater.verify import one_line
 
@@ -70,7 +70,7 @@ def probe(model: paddle.nn.Layer, norms: Mapping[str, Any], inputs: Inputs) -> P
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(evaluating(model))
-        stack.enter_context(_fixed_randomness())
+        stack.enter_context(fixed_randomness())
         for path, layer in norms.items():
             stack.callback(layer.register_forward_post_hook(hook(path)).remove)
         try:

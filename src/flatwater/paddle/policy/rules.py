@@ -15,7 +15,7 @@ from flatwater.paddle.kinds import BATCH_NORMS
 from flatwater.paddle.policy.applied import AppliedPolicy, Learning, freeze_layers, mark_float32
 from flatwater.paddle.policy.probe import Probe, probe
 from flatwater.paddle.running import Inputs, layers_of
-from flatwater.paddle.surgery.freeze import _memory_of, thaw
+from flatwater.paddle.surgery.freeze import is_frozen, thaw
 from flatwater.paddle.surgery.recast import affine_of, is_recast, kind_of, recast, restore
 from flatwater.paddle.surgery.snapshot import Snapshot
 from flatwater.policy import Chosen, Freeze, NormInfo, Policy
@@ -162,7 +162,7 @@ class _Work:
         return choose_norm(self._batch_size, self._world_size)
 
     def _set_frozen(self, entry: PolicyEntry, layer: Any, fields: dict[str, Chosen]) -> str | None:
-        if is_recast(layer) and _memory_of(layer) is None:
+        if is_recast(layer) and not is_frozen(layer):
             restore(layer)
         if not isinstance(layer, BATCH_NORMS):
             raise SurgeryError(f"a {type(layer).__name__} has no moving statistics to freeze")

@@ -17,7 +17,7 @@ from flatwater.paddle import layers
 from flatwater.paddle.kinds import BATCH_NORMS
 from flatwater.paddle.norm import NormLayer
 from flatwater.paddle.running import layers_of
-from flatwater.paddle.surgery.freeze import _memory_of, freeze, thaw
+from flatwater.paddle.surgery.freeze import freeze, is_frozen, thaw
 from flatwater.paddle.surgery.recast import NormKind, is_fused, is_recast, kind_of, recast, restore
 from flatwater.paddle.surgery.snapshot import Snapshot
 from flatwater.paddle.sync.convert import revert_sync_batchnorm
@@ -108,7 +108,7 @@ def revert(model: paddle.nn.Layer, *, pattern: str | None = None) -> ConvertRepo
         before = type(layer)
         thawed = vars(layer).pop(_FROZEN, False) and bool(thaw(layer).changed)
         if is_recast(layer) or isinstance(layer, SyncBatchNorm):
-            if _memory_of(layer) is not None:
+            if is_frozen(layer):
                 report.left[path] = f"this {before.__name__} is frozen; thaw it first"
                 continue
             restore(layer)
@@ -165,7 +165,7 @@ def _make_ours(layer: Any) -> None:
 
 
 def _freeze(model: paddle.nn.Layer, path: str, layer: Any) -> None:
-    if _memory_of(layer) is None:
+    if not is_frozen(layer):
         restore(layer)
     if not isinstance(layer, BATCH_NORMS):
         raise SurgeryError(f"a {type(layer).__name__} has no moving statistics to freeze")

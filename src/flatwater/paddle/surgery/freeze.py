@@ -17,7 +17,7 @@ from flatwater.paddle.sync.layer import SyncBatchNorm
 from flatwater.surgery import ChangeReport, check_statistics
 from flatwater.surgery.frozen import FreezeReport, FrozenReport, departure
 
-__all__ = ["freeze", "frozen_report", "thaw"]
+__all__ = ["freeze", "frozen_report", "is_frozen", "thaw"]
 
 # Where a frozen layer keeps its _Memory. In the layer itself, so that copies and pickles of a model have it too.
 _MEMORY = "_flatwater_before_freeze"
@@ -112,7 +112,7 @@ def thaw(model: paddle.nn.Layer, *, pattern: str | None = None) -> ChangeReport:
             "this DataParallel was made when γ or β were frozen, and would not average their gradients; thaw the "
             "model that it wraps, and wrap it again"
         )
-    report.left = {path: "is not frozen" for path, layer in matching if _memory_of(layer) is None}
+    report.left = {path: "is not frozen" for path, layer in matching if not is_frozen(layer)}
     for _, layer, _ in frozen:
         del layer.__dict__[_MEMORY]
     shared = _recorded_flags(model)
@@ -198,6 +198,11 @@ def _matching(model: paddle.nn.Layer, pattern: str | None) -> list[tuple[str, pa
             f"the {type(model).__name__} has no norm layer {which}; see model.named_sublayers() for its paths"
         )
     return matching
+
+
+def is_frozen(layer: paddle.nn.Layer) -> bool:
+    """Whether :func:`freeze` froze something of this layer, and nobody thawed it."""
+    return _memory_of(layer) is not None
 
 
 def _memory_of(layer: paddle.nn.Layer) -> _Memory | None:

@@ -18,7 +18,7 @@ from paddle.nn.layer.norm import _InstanceNormBase
 from flatwater.errors import InputError, SurgeryError
 from flatwater.paddle import layers
 from flatwater.paddle.kinds import BATCH_NORMS, INSTANCE_NORMS
-from flatwater.paddle.surgery.freeze import _memory_of
+from flatwater.paddle.surgery.freeze import is_frozen
 from flatwater.paddle.sync.convert import convert_sync_batchnorm, revert_sync_batchnorm
 from flatwater.paddle.sync.layer import SyncBatchNorm
 from flatwater.spec import canonical_activation
@@ -200,7 +200,7 @@ def _check(layer: Any, kind: NormKind, groups: int | None) -> None:
         raise SurgeryError(reason)
     if "forward" in vars(layer):
         raise SurgeryError(f"this {name} has a forward of its own, captured by to_static perhaps; convert before that")
-    if _memory_of(layer) is not None:
+    if is_frozen(layer):
         raise SurgeryError(f"this {name} is frozen; thaw it first")
     if not is_fused(getattr(layer, "_act", None)):
         raise SurgeryError(f"its activation {layer._act!r} is not one that is fused")
