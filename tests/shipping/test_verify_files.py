@@ -23,7 +23,7 @@ from flatwater.errors import BackendError, CheckpointError, InputError, Verifica
 from flatwater.models import verify_models
 from flatwater.paddle.shipping.conversion import convert_to_onnx
 from flatwater.paddle.shipping.verify import verify
-from flatwater.verify import Finding, Form, VerifyReport, VerifyRow, compare_forms, verify_page
+from flatwater.verify import Divergence, Finding, Form, VerifyReport, VerifyRow, compare_forms, verify_page
 
 IMAGE = [InputSpec([None, 3, 8, 8], "float32", "image")]
 ONNX = [f"ONNX Runtime, {level}" for level in ("unoptimised", "basic", "extended", "all")]
@@ -190,12 +190,14 @@ def test_the_page_is_self_contained_and_says_what_is_wrong(monkeypatch: pytest.M
         VerifyRow("form <a>", 2, 0.5, 0.25, 1e-4, passed=False, argmax=0.5),
         VerifyRow("broken", 1, None, None, 1e-4, passed=False, note="fails to run: <reason>"),
     ]
-    page = verify_page(VerifyReport(rows, "the live model", [Finding("layer 7", "is wrong")], "layer 5"), "my <model>")
+    found = Divergence("form <a>", "layer 5", "the first norm layer to diverge is layer 5")
+    page = verify_page(VerifyReport(rows, "the live model", [Finding("layer 7", "is wrong")], found), "my <model>")
     text = re.sub(r"\s+", " ", re.sub(r"<style>.*?</style>|<[^>]+>", " ", page, flags=re.DOTALL))
     assert "my &lt;model&gt;" in text
     assert "2 of 3 comparisons fail" in text
     assert "layer 7 : is wrong." in text
-    assert "first norm layer to diverge is layer 5" in text
+    assert "form &lt;a&gt; : the first norm layer to diverge is layer 5." in text
+    assert "is 2.5e-01; 0.0001 is allowed." in text
     assert "fails to run: &lt;reason&gt;" in text
     assert "99.9%" in text
     assert not re.search(r"https?:|<script|url\(|@import", page)

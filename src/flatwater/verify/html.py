@@ -40,6 +40,7 @@ def verify_page(report: VerifyReport, title: str) -> str:
         title=title,
         version=flatwater.__version__,
         groups=groups,
+        tolerances=[f"{one:g}" for one in sorted({row.tolerance for row in report.rows})],
         worst=max((row.max_rel for row in report.rows if row.max_rel is not None), default=None),
         argmax=any(row.argmax is not None for row in report.rows),
         decoded=any(row.decoded is not None for row in report.rows),

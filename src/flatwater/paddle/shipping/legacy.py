@@ -61,7 +61,7 @@ def legacy_graph(program: Any) -> Graph:
     """The graph of a program."""
     variables = _variables(program)
     shapes = {name: _tensor_of(variable)[0] for name, variable in variables.items()}
-    parameters = {name: shapes[name] for name, variable in variables.items() if variable.persistable}
+    parameters = {name: shapes[name] for name, variable in variables.items() if _is_parameter(variable)}
     calls = [_call(operator) for block in program.blocks for operator in block.ops]
     return graph_of_calls(calls, parameters, shapes)
 
@@ -79,7 +79,7 @@ def legacy_inputs(program: Any) -> list[InputSpec]:
 
 def legacy_dtype(program: Any) -> str:
     """The least exact float among the parameters."""
-    dtypes = {_tensor_of(variable)[1] for variable in _variables(program).values() if variable.persistable}
+    dtypes = {_tensor_of(variable)[1] for variable in _variables(program).values() if _is_parameter(variable)}
     return next((dtype for dtype in _FLOATS if dtype in dtypes), "float32")
 
 
@@ -110,6 +110,11 @@ def return_from_legacy(program: Any, tensors: Sequence[str]) -> bytes:
         operator.inputs[0].arguments[:] = [name]
         next(attribute for attribute in operator.attrs if attribute.name == "col").i = column
     return bytes(changed.SerializeToString())
+
+
+def _is_parameter(variable: Any) -> bool:
+    # The lists that inputs come from and outputs go to are kept between runs too.
+    return bool(variable.persistable) and variable.type.HasField("dense_tensor")
 
 
 def _variables(program: Any) -> dict[str, Any]:
