@@ -109,6 +109,7 @@ class Communicator:
             self._fail(attempt, f"the connection failed ({next(iter(str(error).splitlines()), type(error).__name__)})")
         except BaseException as error:  # the user's Ctrl-C: half a message may be on its way
             self._failure = f"{attempt.operation} was interrupted by {type(error).__name__}"
+            self._transport.close()
             raise
 
     def _pause(self, attempt: _Attempt) -> float:
@@ -132,6 +133,7 @@ class Communicator:
             f"seen: {seen}; let every rank run the same layers in the same order, "
             "and start again from the last checkpoint"
         )
+        self._transport.close()  # last: whoever sees it asks what this rank has said
         raise DistributedError(self._failure)
 
     def _watch(self) -> None:

@@ -71,6 +71,11 @@ class DoublingTransport:
             self._links[beyond].swap(_bytes(own), _NOTHING, pause)
         return own[1:]
 
+    def close(self) -> None:
+        """Close the connections: ranks that wait for this one see it."""
+        for link in self._links.values():
+            link.close()
+
     def _receive(self, partner: int, into: Statistics, pause: Pause) -> None:
         self._links[partner].swap(_NOTHING, _bytes(into), pause)
         _check(into)
@@ -112,7 +117,7 @@ class _Link:
         """Send ``message`` and fill ``into``, at the same time: neither rank reads only after it has sent.
 
         Raises:
-            OSError: the connection broke.
+            ConnectionError: it broke, or the other rank closed it.
         """
         while message or into:
             if message:
@@ -126,20 +131,31 @@ class _Link:
                 while not self._poll.poll(1000 * pause()):
                     pass
 
+    def close(self) -> None:
+        """Let the other rank see that nothing will come."""
+        self._connection.close()
+
     def _send(self, message: memoryview) -> int:
         try:
             return self._connection.send(message)
         except BlockingIOError:
             return 0
+        except OSError as error:
+            raise self._broken(error) from error
 
     def _receive(self, into: memoryview) -> int:
         try:
             count = self._connection.recv_into(into)
         except BlockingIOError:
             return 0
+        except OSError as error:
+            raise self._broken(error) from error
         if not count:
             raise ConnectionError(f"rank {self._rank} closed it")
         return count
+
+    def _broken(self, error: OSError) -> ConnectionError:
+        return ConnectionError(f"that to rank {self._rank}: {error}")
 
 
 def _connect(ranks: tuple[int, ...], index: int, partners: list[int], pause: Pause) -> dict[int, _Link]:

@@ -27,7 +27,8 @@ class SyncBatchNorm(_BatchNorm, paddle.nn.SyncBatchNorm):
     In ``train()`` mean and var are over the batches of every rank of the process group together, whatever share of
     the values each of them has (none, even), and so are the terms of dx: n ranks compute what one process computes
     on the concatenated batch, and their moving statistics stay equal, as long as they were. One all-reduce of
-    2·C + 5 float64 values, padded to a power of two, runs in each direction, for any number of ranks.
+    2·C + 5 float64 values (2·C + 4 in the backward pass) runs in each direction, for any number of ranks; on the
+    CPU over TCP connections of its own, by recursive doubling (:mod:`flatwater.paddle.sync.doubling`).
 
     In ``eval()``, frozen (``use_global_stats=True``), in a world of one, and where
     ``paddle.distributed.init_parallel_env`` was never called, this is plain batch norm: it needs no group, waits
@@ -41,9 +42,8 @@ class SyncBatchNorm(_BatchNorm, paddle.nn.SyncBatchNorm):
 
     Faults: every rank has to run the same layers in the same order, in both directions. A rank that died, that
     stays away for longer than ``timeout``, or that comes with another layer, channel count or running mean, ends
-    the others' calls with a DistributedError that says what each rank was at, within ``timeout`` or, where gloo
-    itself reports a lost connection, seconds after that. (Gloo's own patience of 30 s neither binds a longer
-    ``timeout`` nor lengthens a shorter one.) From a backward pass, Paddle raises an OSError with that text in it.
+    the others' calls with a DistributedError that says what each rank was at, within ``timeout``, and within seconds
+    where a connection is closed. From a backward pass, Paddle raises an OSError with that text in it.
     Layers are told apart by their names, ``layer.full_name()``: build them in the same order on every rank.
 
     Args:

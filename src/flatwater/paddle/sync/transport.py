@@ -41,6 +41,9 @@ class Transport(Protocol):
             OSError, RuntimeError: what the network or the device's library said.
         """
 
+    def close(self) -> None:
+        """Sum no more, and let ranks that wait for this one know, where the transport can."""
+
 
 class Worker:
     """A thread that does one thing after another, so that its user can stop waiting.
@@ -96,3 +99,6 @@ class DeviceTransport:
         tensor = paddle.to_tensor(vector, place=self._place)
         self._group.process_group.all_reduce(tensor, core.ReduceOp.SUM, True)
         return np.array(tensor.numpy())
+
+    def close(self) -> None:
+        """Nothing: the group is Paddle's."""
