@@ -136,13 +136,11 @@ def command(
     target: Path | None,
 ) -> None:
     """Measure Flatwater's normalization beside its limits and its alternatives; all parts if none is named."""
+    network = _network(latency, bandwidth)
     if host.missing(os.environ):  # read when a process starts, so it has to start again
         host.launch([sys.executable, "-m", "benchmarks", *sys.argv[1:]])
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that workers are ended
 
-    if (latency is None) != (bandwidth is None):
-        raise click.UsageError("a network has a latency and a bandwidth; give both --latency and --bandwidth")
-    network = Network(latency * 1e-6, bandwidth * 1e9) if latency is not None and bandwidth is not None else None
     cases = shapes.cases(models, quick=quick)
     if not cases:
         raise click.UsageError(f"--quick leaves no shape of {', '.join(models)}; name another model, or leave it out")
@@ -174,6 +172,15 @@ def command(
             if target:  # after each part: what is measured is kept whatever happens to the next
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _network(latency: float | None, bandwidth: float | None) -> Network | None:
+    """The user's network, from µs and GB/s."""
+    if latency is None and bandwidth is None:
+        return None
+    if latency is None or bandwidth is None:
+        raise click.UsageError("a network has a latency and a bandwidth; give both --latency and --bandwidth")
+    return Network(latency * 1e-6, bandwidth * 1e9)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from benchmarks.sync_model import ALGORITHMS, Array, Network, fit, messages, sim
 from benchmarks.sync_world import World
 from benchmarks.timing import Others, Quartiles, rounds
 
-__all__ = ["ASSUMED", "LENGTHS", "PROJECTED", "WORLDS", "Check", "Projection", "Step", "Sum", "measure"]
+__all__ = ["ASSUMED", "LENGTHS", "PROJECTED", "WORLDS", "Check", "Projection", "Step", "Sum", "measure", "summary"]
 
 WORLDS = (2, 4)
 LENGTHS = tuple(4**k for k in range(9))
@@ -116,7 +116,7 @@ def measure(
     """Everything, ready for JSON.
 
     Args:
-        worlds: numbers of processes; the model takes its inputs from the first.
+        worlds: numbers of processes.
         lengths: of the sums that are timed alone.
         models: names in :data:`benchmarks.sync_worker.MODELS`; None for all.
         network: the user's, for which the model is asked too.
@@ -140,16 +140,27 @@ def measure(
                 progress(f"sync: {ranks} processes, {model}")
                 steps.append(_step(world, ranks, model, count))
             busy = max(busy, others.processors())
-    loopback = network_of(sums, worlds[0])
-    networks = {"loopback": loopback, "assumed": ASSUMED} | ({"given": network} if network else {})
+    return summary(steps, sums, given=network) | {"others": busy}
+
+
+def summary(steps: Sequence[Step], sums: Sequence[Sum], *, given: Network | None = None) -> dict[str, Any]:
+    """What was measured, the network that the sums tell of, and the model beside the steps, ready for JSON.
+
+    Args:
+        steps, sums: of each world; that of the fewest ranks gives the model its inputs.
+        given: the user's network.
+    """
+    fewest = min(row.ranks for row in sums)
+    networks = {"loopback": network_of(sums, fewest), "assumed": ASSUMED} | ({"given": given} if given else {})
+    checks = check(steps, networks["loopback"])
+    projections = project([row for row in steps if row.ranks == fewest], networks)
     return {
         "processors": machine.describe()["processors_usable"],
         "sums": [asdict(row) for row in sums],
         "networks": {name: asdict(each) for name, each in networks.items()},
         "steps": [asdict(row) for row in steps],
-        "checks": [asdict(row) | {"predicted": row.predicted, "ratio": row.ratio} for row in check(steps, loopback)],
-        "projections": [asdict(row) for row in project([row for row in steps if row.ranks == worlds[0]], networks)],
-        "others": busy,
+        "checks": [asdict(row) | {"predicted": row.predicted, "ratio": row.ratio} for row in checks],
+        "projections": [asdict(row) for row in projections],
     }
 
 
