@@ -112,6 +112,34 @@ def test_eval_takes_paddles_operators_and_computes_the_same(act: str | None) -> 
         np.testing.assert_array_equal(value.numpy(), before[name])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "data_format", "shape"),
+    [
+        (fw.InstanceNorm1D, "NCL", (2, 5, 9)),
+        (fw.InstanceNorm1D, "NLC", (2, 9, 5)),
+        (fw.InstanceNorm2D, "NCHW", (2, 5, 9, 3)),
+        (fw.InstanceNorm2D, "NHWC", (2, 9, 3, 5)),
+        (fw.InstanceNorm3D, "NCDHW", (2, 5, 2, 3, 4)),
+        (fw.InstanceNorm3D, "NDHWC", (2, 2, 3, 4, 5)),
+    ],
+)
+def test_instance_norm_in_eval_and_captured_in_every_format(kind, data_format, shape, affine, dtype) -> None:
+    """Paddle's own operator refuses channels last."""
+    x, dy = random_arrays(shape, dtype, 2)
+    attributes = {} if affine else {"weight_attr": False, "bias_attr": False}
+    layer = kind(5, data_format=data_format, act="relu", **attributes)
+    layer.to(dtype=dtype)
+    randomise(layer)
+    expected = oracle(layer, x, dy)
+    layer.eval()
+    assert fw.backend_of(layer, tensor_of(x)) == "paddle"
+    assert_same_step(step(layer, x, dy), expected, PEER_TOLERANCE[dtype])
+    captured = paddle.jit.to_static(layer, full_graph=True)
+    assert_close(captured(tensor_of(x)).numpy(), expected.y, PEER_TOLERANCE[dtype], "y")
+
+
 def test_eval_means_the_moving_statistics_whatever_use_global_stats_says() -> None:
     (x,) = random_arrays((3, 6, 5, 7), "float32", 1)
     results = []

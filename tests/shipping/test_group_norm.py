@@ -39,6 +39,12 @@ def test_instance_norms_export_and_agree(tmp_path: Path) -> None:
     assert report.verification.passed
 
 
+def test_instance_norm_of_channels_last_exports_and_agrees(tmp_path: Path) -> None:
+    model = paddle.nn.Sequential(fw.InstanceNorm2D(8, act="relu", data_format="NHWC"))
+    report = fw.export(model, tmp_path / "model", [paddle.static.InputSpec([None, None, None, 8], "float32", "x")])
+    assert report.verification.passed
+
+
 def test_what_paddle2onnx_cannot_convert_is_an_error_and_not_the_end_of_the_process(tmp_path: Path) -> None:
     model = paddle.nn.Sequential(paddle.nn.Conv2D(3, 8, 3, data_format="NHWC"), fw.BatchNorm2D(8, data_format="NHWC"))
     spec = [paddle.static.InputSpec([None, 20, 20, 3], "float32", "x")]

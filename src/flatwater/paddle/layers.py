@@ -281,14 +281,13 @@ class _InstanceNorm(_SampleNorm):
         return int(self._num_features)
 
     def _paddle_norm(self, x: paddle.Tensor) -> paddle.Tensor:
-        return F.instance_norm(
-            x,
-            weight=self.scale,
-            bias=self.bias,
-            momentum=self._momentum,
-            eps=self._epsilon,
-            data_format=self._data_format,
-        )
+        if self._channels_last():  # Paddle's operator takes channels first only, whatever its data_format says
+            last = x.ndim - 1
+            return self._channels_first_norm(x.moveaxis(last, 1)).moveaxis(1, last)
+        return self._channels_first_norm(x)
+
+    def _channels_first_norm(self, x: paddle.Tensor) -> paddle.Tensor:
+        return F.instance_norm(x, weight=self.scale, bias=self.bias, momentum=self._momentum, eps=self._epsilon)
 
 
 class InstanceNorm1D(_InstanceNorm, paddle.nn.InstanceNorm1D):
