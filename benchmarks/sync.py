@@ -169,7 +169,8 @@ def _step(world: World, ranks: int, model: str, count: int) -> Step:
     noted: list[list[dict[str, list[float]]]] = []
     times = rounds({"batch": world.timer("batch"), "sync": world.timer("sync", noted.append)}, count)
     counted = noted[-count:]  # those before are warm-ups
-    in_sums = np.array([np.mean([answer["in_sums"] for answer in answers]) for answers in counted])
+    # Of each round the median step: that now and then the system lets a rank sleep for milliseconds is not modelled.
+    in_sums = np.array([np.median(np.mean([answer["in_sums"] for answer in answers], 0)) for answers in counted])
     between = np.concatenate([answer["between"] for answers in counted for answer in answers])
     return Step(
         ranks,
