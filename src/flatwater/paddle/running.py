@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ __all__ = [
     "parameter_dtype",
     "run",
     "to_numpy",
+    "undisturbed",
 ]
 
 
@@ -158,6 +160,36 @@ def evaluating(model: paddle.nn.Layer) -> Iterator[None]:
         for tensor, before in statistics:
             if not np.array_equal(to_numpy(tensor), to_numpy(before), equal_nan=True):
                 tensor.set_value(before)
+
+
+@contextlib.contextmanager
+def undisturbed(model: paddle.nn.Layer) -> Iterator[Callable[[], None]]:
+    """``eval()`` without gradients inside; afterwards modes, statistics, buffers and randomness are as they were.
+
+    Yields:
+        What puts the random number streams back to where they were.
+    """
+    # By layer, for ``self.buffer = self.buffer + 1`` puts another tensor into its place.
+    places = [(layer._buffers, dict(layer._buffers)) for _, layer in layers_of(model)]
+    buffers = [(buffer, buffer.clone()) for _, held in places for buffer in held.values() if buffer is not None]
+    # NumPy's legacy stream is the one that samplers shuffle by.
+    streams = paddle.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
+
+    def rewind() -> None:
+        paddle.set_rng_state(streams[0])
+        np.random.set_state(streams[1])  # noqa: NPY002
+        random.setstate(streams[2])
+
+    try:
+        with evaluating(model), paddle.no_grad():
+            yield rewind
+    finally:
+        rewind()
+        for place, held in places:
+            place.update(held)
+        for buffer, before in buffers:
+            if to_numpy(buffer).tobytes() != to_numpy(before).tobytes():
+                buffer.set_value(before)
 
 
 def _on_cpu(layer: paddle.nn.Layer) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -18,7 +17,7 @@ from rich.console import Console
 
 from flatwater.errors import FlatwaterError, InputError, SingleValueError, StatisticsError, SurgeryError
 from flatwater.paddle.kinds import BATCH_NORMS, normalizes_by_batch
-from flatwater.paddle.running import SyncBatchNormOnCPU, as_inputs, evaluating, layers_of, to_numpy
+from flatwater.paddle.running import SyncBatchNormOnCPU, as_inputs, layers_of, to_numpy, undisturbed
 from flatwater.paddle.surgery.influence import closure, influences, stages
 from flatwater.paddle.surgery.population import Ranks, reading
 from flatwater.paddle.sync.layer import SyncBatchNorm
@@ -100,7 +99,7 @@ def recalibrate(
         )
     layers, left = _choose(model, pattern)
     ranks = Ranks(process_group, layers, timeout)
-    with _undisturbed(model) as rewind, _bar(shown=progress and ranks.first) as bar:
+    with undisturbed(model) as rewind, _bar(shown=progress and ranks.first) as bar:
         measurement = _Measurement(model, loader, forward or _call, batches, layers, ranks, rewind, bar)
         pools = measurement.in_order() if in_order else measurement.by_batch()
     missing = [path for path in layers if path not in pools]
@@ -120,7 +119,7 @@ def recalibrate(
 
 @dataclass
 class _Measurement:
-    """Passes over the loader, inside :func:`_undisturbed`.
+    """Passes over the loader, inside :func:`undisturbed`.
 
     Attributes:
         layers: to be recalibrated, by path.
@@ -248,32 +247,6 @@ def _choose(model: paddle.nn.Layer, pattern: str | None) -> tuple[dict[str, Any]
     if not chosen:
         raise SurgeryError(f"all batch norm layers are frozen, among them {next(iter(matching))!r}; thaw them first")
     return chosen, {path: "its statistics are frozen" for path in matching if path not in chosen}
-
-
-@contextlib.contextmanager
-def _undisturbed(model: paddle.nn.Layer) -> Iterator[Callable[[], None]]:
-    """``eval()`` without gradients inside; afterwards modes, statistics, buffers and randomness are as they were.
-
-    Yields:
-        What puts the random number streams back to where they were.
-    """
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    # NumPy's legacy stream is the one that samplers shuffle by.
-    streams = paddle.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
-
-    def rewind() -> None:
-        paddle.set_rng_state(streams[0])
-        np.random.set_state(streams[1])  # noqa: NPY002
-        random.setstate(streams[2])
-
-    try:
-        with evaluating(model), paddle.no_grad():
-            yield rewind
-    finally:
-        rewind()
-        for buffer, before in buffers:
-            if to_numpy(buffer).tobytes() != to_numpy(before).tobytes():
-                buffer.set_value(before)
 
 
 @contextlib.contextmanager
