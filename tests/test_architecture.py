@@ -21,10 +21,11 @@ ROOMS = {
     "errors": set(),
     "files": set(),
     "spec": {"errors"},
-    "advice": {"errors"},
+    "advice": {"errors", "policy"},
+    "momentum": {"errors"},
     "lined": {"errors"},
     "settings": {"lined"},
-    "policy": {"errors", "lined", "settings"},
+    "policy": {"errors", "lined", "momentum", "settings"},
     "reference": FOUNDATION,
     "kernels": FOUNDATION,
     "surgery": FOUNDATION,
@@ -32,7 +33,7 @@ ROOMS = {
     "host": {"errors"},
     "inspection": FOUNDATION,
     "onnx": FOUNDATION | {"inspection", "surgery", "verify"},
-    "paddle": FOUNDATION | {"kernels", "surgery", "verify", "policy", "advice", "inspection", "onnx"},
+    "paddle": FOUNDATION | {"kernels", "surgery", "verify", "policy", "advice", "momentum", "inspection", "onnx"},
     "recipes": FOUNDATION | {"kernels", "paddle", "surgery", "verify", "host", "policy", "lined", "settings"},
     "models": {"errors", "inspection", "onnx", "paddle", "verify"},
     "quiet": set(),
@@ -46,10 +47,11 @@ FRAMEWORK_ROOMS = {"paddle", "recipes"}
 FLOORS = {
     "sync": set(),
     "surgery": {"sync"},
-    "policy": {"surgery"},
+    "choosing": {"sync", "surgery", "shipping"},
+    "policy": {"surgery", "choosing"},
     "shipping": {"surgery"},
     "nn": {"sync"},
-    "__init__": {"sync", "surgery", "policy", "shipping"},
+    "__init__": {"sync", "surgery", "choosing", "policy", "shipping"},
 }
 MAX_LINES = 400
 

@@ -29,6 +29,9 @@ field                       of PaddleDetection                   values
 ``groups``                                                       of group norm; 32, or the largest power of
                                                                  two below it that divides the channels
 ``momentum``                                                     share of the OLD statistics kept, 0 to 1
+``momentum_schedule``                                            ``{at: {0: 0.5, 1000: 0.99}}``, by step; with
+                                                                 ``curve``: ``linear``, ``cosine``, ``constant``;
+                                                                 ``by``: ``step``, ``epoch``
 ``epsilon``                                                      above 0
 ``gamma``, ``beta``                                              initial values, written over what is there
 ``zero_init_residual``                                           true: γ = 0 in the last norm of each
@@ -41,6 +44,17 @@ field                       of PaddleDetection                   values
                                                                  or ``from_epoch``, counted from 0
 ``keep_float32``                                                 true: mixed precision leaves it float32
 ==========================  ===================================  ===========================================
+
+Rules that look at the model run (``norm: auto``, ``zero_init_residual``) need to know on what; unless that is said in
+code, the policy can say it, with the rules under ``rules:``
+
+    training:
+      batch_size: 2                                   # samples on one device
+      world_size: 4                                   # devices that share statistics; as many as there are without
+      input_spec:
+      - {shape: [null, 3, 224, 224], dtype: float32}  # null: the batch, and sizes that are free
+    rules:
+    - norm: auto
 """
 
 from __future__ import annotations
@@ -63,11 +77,12 @@ from pydantic import (
     model_validator,
 )
 
-from flatwater.errors import ConfigError
+from flatwater.errors import ConfigError, InputError
 from flatwater.lined import LinedDict, parse_yaml, read_yaml
+from flatwater.momentum import Curve, MomentumCurve, Unit
 from flatwater.settings import contradiction, explain
 
-__all__ = ["Chosen", "Freeze", "NormInfo", "NormType", "Policy", "Rule"]
+__all__ = ["Chosen", "ExampleInput", "Freeze", "Momentum", "NormInfo", "NormType", "Policy", "Rule", "Training"]
 
 NormType: TypeAlias = Literal["batch_norm", "sync_batch_norm", "group_norm", "instance_norm", "frozen", "auto"]
 
@@ -149,6 +164,41 @@ class Freeze(_Model):
         return f"{self.what}{f' from epoch {self.from_epoch}' if self.from_epoch is not None else when}"
 
 
+class Momentum(_Model):
+    """A momentum that follows a curve, see :class:`~flatwater.momentum.MomentumCurve`."""
+
+    at: dict[int, float]
+    curve: Curve = "linear"
+    by: Unit = "step"
+
+    @model_validator(mode="after")
+    def _checked(self) -> Momentum:
+        try:
+            MomentumCurve(self.at, self.curve, self.by)
+        except InputError as error:
+            raise contradiction(str(error), "at") from error
+        return self
+
+    def __str__(self) -> str:
+        places = ", ".join(f"{momentum:g} at {self.by} {place}" for place, momentum in sorted(self.at.items()))
+        return f"{places}, {self.curve} between"
+
+
+class ExampleInput(_Model):
+    """One input of the model; None for the batch, and for sizes that are free."""
+
+    shape: tuple[int | None, ...] = Field(min_length=1)
+    dtype: str = "float32"
+
+
+class Training(_Model):
+    """What rules look at that look at the model run, where code does not say it; see the module."""
+
+    batch_size: int | None = Field(default=None, ge=1)
+    world_size: int | None = Field(default=None, ge=1)
+    input_spec: tuple[ExampleInput, ...] = ()
+
+
 class Rule(_Model):
     """Settings for the layers that match; what is None it does not say. The module describes the fields."""
 
@@ -157,6 +207,7 @@ class Rule(_Model):
     norm: NormType | None = Field(default=None, validation_alias=AliasChoices("norm", "norm_type"))
     groups: int | None = Field(default=None, ge=1)
     momentum: float | None = Field(default=None, ge=0, le=1)
+    momentum_schedule: Momentum | None = None
     epsilon: float | None = Field(default=None, gt=0)
     gamma: float | None = None
     beta: float | None = None
@@ -186,8 +237,11 @@ class Rule(_Model):
     def _contradictions(self) -> Iterator[tuple[str, str]]:
         if self.groups is not None and self.norm not in (None, "group_norm", "auto"):
             yield "groups", f"groups={self.groups} contradicts norm={self.norm}, which has none"
-        if self.norm in _WITHOUT_STATISTICS and self.momentum is not None:
-            yield "momentum", f"momentum contradicts norm={self.norm}, which keeps no statistics"
+        for name in ("momentum", "momentum_schedule"):
+            if self.norm in _WITHOUT_STATISTICS and getattr(self, name) is not None:
+                yield name, f"{name} contradicts norm={self.norm}, which keeps no statistics"
+        if self.momentum is not None and self.momentum_schedule is not None:
+            yield "momentum", "momentum contradicts momentum_schedule, which sets it; keep one of them"
         if self.norm in _WITHOUT_STATISTICS and self.freeze is not None and self.freeze.what == "statistics":
             yield "freeze", f"freeze=statistics contradicts norm={self.norm}, which keeps none"
         if self.norm == "frozen" and self.freeze is not None and str(self.freeze) != "both":
@@ -221,7 +275,7 @@ class Rule(_Model):
     @model_serializer
     def _said(self) -> dict[str, Any]:
         selectors = {name: list(getattr(self, name)) for name in _SELECTORS if getattr(self, name)}
-        said = {name: value.model_dump() if isinstance(value, Freeze) else value for name, value in self.settings()}
+        said = {name: value.model_dump() if isinstance(value, _Model) else value for name, value in self.settings()}
         return {**selectors, **said}
 
     def __eq__(self, other: object) -> bool:
@@ -254,12 +308,14 @@ class Policy(_Model):
 
     Args:
         rules: :class:`Rule` objects, or dicts of their fields.
+        training: what rules look at that look at the model run; None if that is said in code.
 
     Raises:
         ConfigError: from :meth:`load`, :meth:`parse` and :meth:`of`; the constructor raises pydantic's ValidationError.
     """
 
     rules: tuple[Rule, ...] = Field(min_length=1)
+    training: Training | None = None
 
     @classmethod
     def load(cls, path: str | Path) -> Policy:

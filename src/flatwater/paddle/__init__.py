@@ -4,13 +4,17 @@ Train    ``BatchNorm``, ``BatchNorm1D/2D/3D``, ``GroupNorm``, ``InstanceNorm1D/2
          ``convert(model)`` for a model that exists; ``flatwater.paddle.nn`` stands in for ``paddle.nn``
 Share    ``SyncBatchNorm``, ``convert_sync_batchnorm`` and ``revert_sync_batchnorm`` for a model that exists, and
          ``average_statistics`` (``AverageStatistics``, a callback) for one that was trained without
+Choose   ``advise`` which norm; ``MomentumSchedule``, where batches are small
 See      ``NormMonitor``
 Control  ``apply_policy`` for everything at once, ``float32_layers``; ``freeze``, ``frozen_report`` and ``thaw``;
          ``recalibrate``
 Ship     ``fold``, ``export``, ``verify``
 """
 
+from flatwater.advice import AdviceReport
 from flatwater.paddle import nn
+from flatwater.paddle.choosing.advise import advise
+from flatwater.paddle.choosing.schedule import MomentumSchedule
 from flatwater.paddle.conv import ConvBNLayer
 from flatwater.paddle.layers import (
     BatchNorm,
@@ -43,6 +47,7 @@ from flatwater.surgery.recalibration import RecalibrationReport
 from flatwater.verify import VerifyReport
 
 __all__ = [
+    "AdviceReport",
     "AppliedPolicy",
     "AverageStatistics",
     "BatchNorm",
@@ -61,10 +66,12 @@ __all__ = [
     "InstanceNorm1D",
     "InstanceNorm2D",
     "InstanceNorm3D",
+    "MomentumSchedule",
     "NormMonitor",
     "RecalibrationReport",
     "SyncBatchNorm",
     "VerifyReport",
+    "advise",
     "apply_policy",
     "average_statistics",
     "backend_of",

@@ -11,13 +11,15 @@ import paddle
 from paddle.regularizer import L2Decay
 
 from flatwater.errors import ConfigError, SurgeryError
+from flatwater.momentum import Unit
+from flatwater.paddle.choosing.schedule import MomentumSchedule
 from flatwater.paddle.running import layers_of
 from flatwater.paddle.surgery.freeze import freeze
 from flatwater.paddle.surgery.snapshot import Snapshot
 from flatwater.surgery.applied import PolicyReport
 
 if TYPE_CHECKING:
-    from flatwater.policy import Freeze
+    from flatwater.policy import Freeze, Momentum
 
 __all__ = ["AppliedPolicy", "Learning", "PolicyCallback", "float32_layers", "freeze_layers", "mark_float32"]
 
@@ -51,13 +53,15 @@ class Learning:
 class AppliedPolicy(PolicyReport):
     """What :func:`~flatwater.paddle.apply_policy` returns. ``str()`` gives a table of all norm layers.
 
-    What a policy freezes from a step or an epoch on needs to be told when: by ``callback()`` in ``paddle.Model.fit``,
-    or by ``on_step`` and ``on_epoch`` in a loop of one's own. (For a model in ``paddle.DataParallel``, apply the policy
-    to that, made with ``find_unused_parameters=True``: it must not wait for gradients that no longer come.)
+    What a policy freezes from a step or an epoch on, and momentum that follows a schedule, need to be told when: by
+    ``callback()`` in ``paddle.Model.fit``, or by ``on_step`` and ``on_epoch`` in a loop of one's own. (For a model in
+    ``paddle.DataParallel``, apply the policy to that, made with ``find_unused_parameters=True``: it must not wait for
+    gradients that no longer come.)
     """
 
     model: Any = field(default=None, repr=False)
     _pending: list[tuple[Freeze, list[str]]] = field(default_factory=list, repr=False)
+    _schedules: list[tuple[Momentum, MomentumSchedule]] = field(default_factory=list, repr=False)
     _learning: list[Learning] = field(default_factory=list, repr=False)
     _before: Snapshot | None = field(default=None, repr=False)
 
@@ -68,10 +72,12 @@ class AppliedPolicy(PolicyReport):
             StatisticsError: the statistics to freeze now are NaN, infinite or negative; nothing was frozen.
         """
         self._freeze_due(lambda when: when.from_step is not None and when.from_step <= step)
+        self._follow_to(step, "step")
 
     def on_epoch(self, epoch: int) -> None:
         """Tell that epoch ``epoch`` begins, counted from 0. Raises what :meth:`on_step` raises."""
         self._freeze_due(lambda when: when.from_epoch is not None and when.from_epoch <= epoch)
+        self._follow_to(epoch, "epoch")
 
     def callback(self, step: int = 0) -> PolicyCallback:
         """For ``paddle.Model.fit``, which goes on at ``step``."""
@@ -125,6 +131,7 @@ class AppliedPolicy(PolicyReport):
         self._before.restore()
         self._before = None
         self._pending.clear()
+        self._schedules.clear()
         self._learning.clear()
 
     def learn(self, learning: Learning) -> None:
@@ -135,6 +142,17 @@ class AppliedPolicy(PolicyReport):
     def postpone(self, what: Freeze, paths: list[str]) -> None:
         """Freeze the layers at these paths when its step or epoch begins."""
         self._pending.append((what, paths))
+
+    def follow(self, momentum: Momentum, paths: list[str]) -> None:
+        """Let the momentum of the layers at these paths follow its schedule, from its beginning."""
+        patterns = [glob.escape(path) for path in paths]
+        schedule = MomentumSchedule(self.model, momentum.at, curve=momentum.curve, by=momentum.by, pattern=patterns)
+        self._schedules.append((momentum, schedule))
+
+    def _follow_to(self, position: int, unit: Unit) -> None:
+        for momentum, schedule in self._schedules:
+            if momentum.by == unit:
+                schedule.step(position)
 
     def _without_decay(self) -> set[str]:
         spared = [learning for learning in self._learning if learning.weight_decay == 0]

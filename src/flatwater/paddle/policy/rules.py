@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import paddle
 
-from flatwater.advice import Choice, choose_norm
+from flatwater.advice import Batch, LayerAdvice
 from flatwater.errors import ConfigError, SurgeryError
+from flatwater.paddle.choosing.advise import advise_layer, why_it_stays
+from flatwater.paddle.choosing.walk import batches_of
 from flatwater.paddle.kinds import BATCH_NORMS
 from flatwater.paddle.policy.applied import AppliedPolicy, Learning, freeze_layers, mark_float32
-from flatwater.paddle.policy.probe import Probe, probe
+from flatwater.paddle.policy.residual import block_ends
 from flatwater.paddle.running import Inputs, layers_of
 from flatwater.paddle.surgery.freeze import is_frozen, thaw
 from flatwater.paddle.surgery.recast import affine_of, is_recast, kind_of, recast, restore
 from flatwater.paddle.surgery.snapshot import Snapshot
-from flatwater.policy import Chosen, Freeze, NormInfo, Policy
+from flatwater.policy import Chosen, Freeze, Momentum, NormInfo, Policy
 from flatwater.surgery.applied import PolicyEntry
 
 __all__ = ["apply_rules", "as_policy"]
@@ -42,15 +45,20 @@ def apply_rules(
     norms: dict[str, Any] = {path: layer for path, layer in layers_of(model) if kind_of(layer) is not None}
     infos = {path: NormInfo(str(kind_of(layer)), type(layer).__name__) for path, layer in norms.items()}
     wanted = policy.resolve(infos)
-    run = None
-    if inputs is not None and any(map(_looks_at_inputs, wanted.values())):
-        run = probe(model, {path: norms[path] for path, info in infos.items() if info.kind != "layer_norm"}, inputs)
+    seen = _Seen()
+    if inputs is not None and any(fields.get("norm", _NOTHING).value == "auto" for fields in wanted.values()):
+        seen.batches = batches_of(model, norms, inputs)
+    if inputs is not None and any("zero_init_residual" in fields for fields in wanted.values()):
+        seen.block_ends = block_ends(
+            model, {path: norms[path] for path, info in infos.items() if info.kind != "layer_norm"}, inputs
+        )
     before = Snapshot(norms.values())
-    work = _Work(policy, AppliedPolicy(model=model, _before=before), run, batch_size, world_size)
+    work = _Work(policy, AppliedPolicy(model=model, _before=before), seen, batch_size, world_size)
     try:
         for path, layer in norms.items():
             work.change(path, layer, wanted.get(path, {}))
         work.check_effects(wanted)
+        work.schedule()
         work.freeze()
     except BaseException:
         before.restore()
@@ -58,8 +66,16 @@ def apply_rules(
     return work.applied
 
 
-def _looks_at_inputs(fields: Mapping[str, Chosen]) -> bool:
-    return "zero_init_residual" in fields or ("norm" in fields and fields["norm"].value == "auto")
+_NOTHING = Chosen(None, 0)
+_MOMENTA = {"momentum", "momentum_schedule"}
+
+
+@dataclass
+class _Seen:
+    """What the inputs showed; None for what was not looked at."""
+
+    batches: dict[str, Batch] | None = None
+    block_ends: set[str] | None = None
 
 
 class _InapplicableError(Exception):
@@ -68,14 +84,15 @@ class _InapplicableError(Exception):
 
 class _Work:
     def __init__(
-        self, policy: Policy, applied: AppliedPolicy, run: Probe | None, batch_size: int | None, world_size: int
+        self, policy: Policy, applied: AppliedPolicy, seen: _Seen, batch_size: int | None, world_size: int
     ) -> None:
         self.policy = policy
         self.applied = applied
-        self._run = run
+        self._seen = seen
         self._batch_size = batch_size
         self._world_size = world_size
         self._frozen: dict[Freeze, list[str]] = {}
+        self._schedules: dict[str, tuple[Momentum, list[str]]] = {}
         self._zeroed: set[str] = set()
         self._effects: set[tuple[int, str]] = set()
         self._reasons: dict[tuple[int, str], str] = {}
@@ -84,6 +101,7 @@ class _Work:
             "norm": self._set_norm,
             "groups": self._set_groups,
             "momentum": self._set_momentum,
+            "momentum_schedule": self._set_schedule,
             "epsilon": self._set_epsilon,
             "gamma": self._set_gamma,
             "beta": self._set_beta,
@@ -126,6 +144,11 @@ class _Work:
                 f"{self._reasons[rule, name]}"
             )
 
+    def schedule(self) -> None:
+        """Let the momenta follow their schedules, from the first step and epoch on."""
+        for momentum, paths in self._schedules.values():
+            self.applied.follow(momentum, paths)
+
     def freeze(self) -> None:
         """Freeze what is to be frozen now, and keep the rest for later."""
         for what, paths in self._frozen.items():
@@ -135,31 +158,33 @@ class _Work:
                 self.applied.postpone(what, paths)
 
     def _set_norm(self, entry: PolicyEntry, layer: Any, fields: dict[str, Chosen]) -> str | None:
-        wanted, why = fields["norm"].value, ""
+        wanted, groups, why = fields["norm"].value, None, ""
         if wanted == "auto":
-            choice = self._choose(entry.path, layer, fields["norm"].rule)
-            wanted, why = choice.kind, f", by auto: {choice.reason}"
+            advice = self._advise(entry.path, layer, fields["norm"].rule)
+            wanted, groups, why = advice.use, advice.groups, f", by auto: {advice.reason}"
+            if wanted == "batch_norm" and advice.momentum is not None and not _MOMENTA & fields.keys():
+                why += f"; {_set_attribute(layer, 'momentum', advice.momentum)}"
         if wanted == "frozen":
             return self._set_frozen(entry, layer, fields)
-        groups = fields.get("groups") if wanted == "group_norm" else None
-        note = recast(layer, wanted, groups=groups.value if groups else None)
+        if wanted == "group_norm" and "groups" in fields:
+            groups = fields["groups"].value
+        note = recast(layer, wanted, groups=groups)
         if note:
             entry.notes.append(note)
         return f"norm {wanted}{why}"
 
-    def _choose(self, path: str, layer: Any, rule: int) -> Choice:
-        kind = kind_of(layer)
-        if not (isinstance(layer, BATCH_NORMS) or is_recast(layer)):
-            raise _InapplicableError(f"auto leaves what was built as {kind}, which needs no batch")
+    def _advise(self, path: str, layer: Any, rule: int) -> LayerAdvice:
+        staying = why_it_stays(layer)
+        if staying is not None:
+            raise _InapplicableError(f"auto leaves what {staying}")
         where = self.policy.place(rule, "norm")
-        if self._run is not None:
-            if path not in self._run.batches:
+        if self._seen.batches is not None:
+            if path not in self._seen.batches:
                 raise ConfigError(f"{where}: norm=auto for {path!r}, which the inputs do not reach; give it a kind")
-            batch = self._run.batches[path]
-            return choose_norm(batch.samples, self._world_size, positions=batch.positions)
+            return advise_layer(path, layer, self._seen.batches[path], self._world_size)
         if self._batch_size is None:
-            raise ConfigError(f"{where}: norm=auto needs to know the batch; give inputs= or batch_size=")
-        return choose_norm(self._batch_size, self._world_size)
+            raise ConfigError(f"{where}: norm=auto needs to know the batch; give inputs=, input_spec= or batch_size=")
+        return advise_layer(path, layer, Batch(self._batch_size), self._world_size)
 
     def _set_frozen(self, entry: PolicyEntry, layer: Any, fields: dict[str, Chosen]) -> str | None:
         if is_recast(layer) and not is_frozen(layer):
@@ -182,7 +207,19 @@ class _Work:
     def _set_momentum(self, entry: PolicyEntry, layer: Any, fields: dict[str, Chosen]) -> str | None:
         if not isinstance(layer, BATCH_NORMS):
             raise _InapplicableError(f"a {type(layer).__name__} keeps no statistics, so no momentum")
+        schedule = fields.get("momentum_schedule")
+        if schedule is not None and schedule.rule > fields["momentum"].rule:
+            return None
         return _set_attribute(layer, "momentum", fields["momentum"].value)
+
+    def _set_schedule(self, entry: PolicyEntry, layer: Any, fields: dict[str, Chosen]) -> str | None:
+        if not isinstance(layer, BATCH_NORMS):
+            raise _InapplicableError(f"a {type(layer).__name__} keeps no statistics, so no momentum")
+        schedule, rule = fields["momentum_schedule"]
+        if "momentum" in fields and fields["momentum"].rule > rule:
+            return None
+        self._schedules.setdefault(str(schedule), (schedule, []))[1].append(entry.path)
+        return f"momentum {schedule}"
 
     def _set_epsilon(self, entry: PolicyEntry, layer: Any, fields: dict[str, Chosen]) -> str | None:
         return _set_attribute(layer, "epsilon", fields["epsilon"].value)
@@ -197,10 +234,10 @@ class _Work:
         wanted, rule = fields["zero_init_residual"]
         if not wanted:
             return None
-        if self._run is None:
+        if self._seen.block_ends is None:
             where = self.policy.place(rule, "zero_init_residual")
             raise ConfigError(f"{where}: where residual blocks end is seen from the dataflow only; give inputs=")
-        if entry.path not in self._run.block_ends:
+        if entry.path not in self._seen.block_ends:
             raise _InapplicableError("it is not the last norm of a residual block")
         done = _fill("γ", affine_of(layer)[0], layer, 0.0)
         self._zeroed.add(entry.path)

@@ -15,6 +15,7 @@ import paddle
 from paddle import nn
 from paddle.nn.layer.norm import _InstanceNormBase
 
+from flatwater.advice import default_groups
 from flatwater.errors import InputError, SurgeryError
 from flatwater.paddle import layers
 from flatwater.paddle.kinds import BATCH_NORMS, INSTANCE_NORMS
@@ -28,11 +29,11 @@ __all__ = [
     "NormKind",
     "affine_of",
     "channels_of",
-    "default_groups",
     "is_fused",
     "is_recast",
     "kind_of",
     "recast",
+    "recast_obstacle",
     "restore",
 ]
 
@@ -123,16 +124,13 @@ def affine_of(layer: Any) -> tuple[Any, Any]:
 
 
 def channels_of(layer: Any) -> int:
-    """How many channels a norm layer of a kind that :func:`recast` knows has."""
+    """How many channels a norm layer has; of layer norm, how many features."""
     own = vars(layer)
+    if isinstance(layer, nn.LayerNorm):
+        return math.prod(own["_normalized_shape"])
     if "_mean" in layer._parameters:
         return int(layer._mean.shape[0])
     return int(own["_num_channels"] if isinstance(layer, nn.GroupNorm) else own["_num_features"])
-
-
-def default_groups(channels: int) -> int:
-    """32, as Wu & He (2018) have it, or the largest power of two below that divides the channels."""
-    return math.gcd(32, channels)
 
 
 def recast(layer: Any, kind: NormKind, *, groups: int | None = None) -> str | None:
@@ -164,6 +162,15 @@ def recast(layer: Any, kind: NormKind, *, groups: int | None = None) -> str | No
     if kind == "sync_batch_norm":
         _synchronize(layer)
     return note
+
+
+def recast_obstacle(layer: Any) -> str | None:
+    """Why :func:`recast` would not make the layer group norm, or any other kind; None if it would."""
+    try:
+        _check(layer, "group_norm", None)
+    except SurgeryError as error:
+        return str(error)
+    return None
 
 
 def restore(layer: Any) -> bool:

@@ -1,48 +1,26 @@
-"""What a policy has to know of a model and cannot read off its layers: batches, and the ends of residual blocks."""
+"""Where residual blocks end: what a policy has to know of a model and cannot read off its layers."""
 
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import paddle
 
 from flatwater.errors import SurgeryError
 from flatwater.paddle.running import Inputs, evaluating, fixed_randomness, flatten
-from flatwater.paddle.surgery.recast import channels_of
 from flatwater.verify import one_line
 
-__all__ = ["Batch", "Probe", "probe"]
-
+__all__ = ["block_ends"]
 
 # Nodes that cut tensors up. Two pieces of one tensor are no shortcut around each other (Res2Net adds such), and the
 # graph does not tell the pieces of a split apart.
 _CUTS = ("Split", "Slice", "StridedSlice", "Unbind")
 
 
-class Batch(NamedTuple):
-    """What a norm layer got: samples, and values per channel of each."""
-
-    samples: int
-    positions: int
-
-
-class Probe(NamedTuple):
-    """What one run showed.
-
-    Attributes:
-        batches: the smallest that each norm layer got, by path; a layer that never ran is not in it.
-        block_ends: paths of the norms that end a residual block.
-    """
-
-    batches: dict[str, Batch]
-    block_ends: set[str]
-
-
-def probe(model: paddle.nn.Layer, norms: Mapping[str, Any], inputs: Inputs) -> Probe:
-    """Run the example inputs in ``eval()`` and look at the norms; nothing of the model is different afterwards.
+def block_ends(model: paddle.nn.Layer, norms: Mapping[str, Any], inputs: Inputs) -> set[str]:
+    """Paths of the norms that end a residual block, seen in ``eval()``; nothing of the model is different afterwards.
 
     A norm ends a residual block if what it writes, activated perhaps, is added to what the block read: to one of the
     tensors that its own value was computed from, or to a projection of that with at most one norm, and fewer than the
@@ -51,16 +29,12 @@ def probe(model: paddle.nn.Layer, norms: Mapping[str, Any], inputs: Inputs) -> P
     Raises:
         SurgeryError: the model does not run on the inputs.
     """
-    batches: dict[str, Batch] = {}
     ends: set[str] = set()
     writers: dict[Any, str] = {}
     args, kwargs = map(_traced, inputs.args), {name: _traced(tensor) for name, tensor in inputs.kwargs.items()}
 
     def hook(path: str) -> Callable[..., None]:
-        def note(layer: paddle.nn.Layer, args: tuple[Any, ...], output: Any) -> None:
-            shape = list(args[0].shape)
-            batch = Batch(shape[0], math.prod(shape[1:]) // channels_of(layer))
-            batches[path] = min(batch, batches.get(path, batch))
+        def note(_: paddle.nn.Layer, args: tuple[Any, ...], output: Any) -> None:
             if len(args) > 1 and isinstance(args[1], paddle.Tensor):
                 ends.add(path)
             elif output.grad_fn is not None:
@@ -80,7 +54,7 @@ def probe(model: paddle.nn.Layer, norms: Mapping[str, Any], inputs: Inputs) -> P
                 f"{type(model).__name__} does not run on the inputs: {one_line(error)}; "
                 "give what you would call it with"
             ) from error
-    return Probe(batches, ends | _block_ends([tensor.grad_fn for tensor in outputs], writers))
+    return ends | _block_ends([tensor.grad_fn for tensor in outputs], writers)
 
 
 def _traced(tensor: paddle.Tensor) -> paddle.Tensor:
