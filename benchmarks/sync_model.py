@@ -3,15 +3,16 @@
 A message of n bytes takes α + n/B: a latency α, and a bandwidth B (Hockney's model). With it, an all-reduce takes
 
 ==================  ========================================  ==========================================
-recursive doubling  ⌈log₂ p⌉·(α + n/B)                        short vectors; ours
+recursive doubling  ⌊log₂ p⌋·(α + n/B)                        short vectors; ours
 tree                2·⌈log₂ p⌉·(α + n/B)                      reduce to one rank, and broadcast
-halving, doubling   2·⌈log₂ p⌉·α + 2·(p - 1)/p·n/B            Rabenseifner's, long vectors
+halving, doubling   2·⌊log₂ p⌋·α + 2·(p - 1)/p·n/B            Rabenseifner's, long vectors
 ring                2·(p - 1)·α + 2·(p - 1)/p·n/B             gloo's
 ==================  ========================================  ==========================================
 
 after Thakur, Rabenseifner and Gropp, "Optimization of Collective Communication Operations in MPICH", IJHPCA 19(1),
-2005, sections 3 and 4.5, without their γ, the time of the additions: 32 KiB, the longest vector here, are added in
-microseconds. Where p is no power of two, two more messages hand the surplus ranks' vectors in and the sum out.
+2005, without their γ, the time of the additions: 32 KiB, the longest vector here, are added in
+microseconds. Where p is no power of two, the first and third take two more messages, which hand the surplus ranks'
+vectors in and the sum out.
 
 Ranks also wait for the slowest of them, in every collective instead of once per step. What lies between two
 collectives is a draw from a log-normal distribution of given mean and deviation, on each rank by itself.

@@ -4,11 +4,11 @@ In round k, rank i swaps what it has with rank i xor 2ᵏ, and both add: after l
 sum, and the same bits, because a + b and b + a are the same. Of other numbers of ranks, those beyond the largest
 power of two first hand their vectors to one within, and get the sum from it. That is the algorithm with the
 fewest waits, which is what counts for vectors as short as these (Thakur, Rabenseifner and Gropp, Optimization of
-collective communication operations in MPICH, 2005, section 4.5).
+Collective Communication Operations in MPICH, 2005).
 
-Gloo's all-reduce, which this replaced, goes around a ring: 2(p - 1) waits. It also hands each message from thread
-to thread, gives up after 30 s whatever was asked for, and aborts the process that gets a longer vector than it
-expects (all of it seen in Paddle 3.3.1). ``docs/sync.md`` has what that cost.
+Gloo's all-reduce, which this replaced, goes around a ring: 2(p - 1) waits (its gloo/allreduce.cc). It also hands
+each message from thread to thread, and as Paddle 3.3.1 uses it, it gives up after 30 s whatever was asked for, and
+aborts the process that gets a longer vector than it expects. ``docs/sync.md`` has what that cost.
 """
 
 from __future__ import annotations
