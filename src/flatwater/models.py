@@ -19,6 +19,7 @@ from flatwater.verify import (
     compare_forms,
     default_tolerance,
     look_inside,
+    narrowed,
     running_inputs,
 )
 
@@ -124,9 +125,12 @@ def verify_models(
         for file in files
         for norm in _inspect(file).training
     ]
+    specs = first.inputs
+    for one in opened:
+        specs = narrowed(specs, one.inputs)
     run = reference.load()
     try:
-        examples = running_inputs(run, first.inputs, inputs)
+        examples = running_inputs(run, specs, inputs)
     except InputError as error:
         if findings:
             # Paddle Inference does not run older programs with such norms at all.
@@ -136,7 +140,7 @@ def verify_models(
         run,
         forms,
         examples,
-        batch_sizes=batch_sizes_of(first.inputs, batch_sizes),
+        batch_sizes=batch_sizes_of(specs, batch_sizes),
         tolerance=default_tolerance(first.dtype) if tolerance is None else tolerance,
         decode=decode,
         reference=name,

@@ -86,6 +86,17 @@ def test_a_folded_file_against_the_original(good: Path, bad: Path) -> None:
     assert not verify_models(good.with_suffix(".onnx"), against=bad, batch_sizes=[3]).passed
 
 
+def test_sizes_that_only_one_of_two_files_fixes(tmp_path: Path) -> None:
+    model = network()
+    model.eval()
+    for name, shape in (("free", [None, 3, None, None]), ("fixed", [4, 3, 24, 20])):
+        paddle.jit.save(model, str(tmp_path / name), [InputSpec(shape, "float32", "image")])
+    for path, against in (("fixed", "free"), ("free", "fixed")):
+        report = verify_models(tmp_path / path, against=tmp_path / against)
+        assert report.passed
+        assert {row.batch for row in report.rows} == {4}
+
+
 def test_the_users_inputs(good: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.zeros((2, 3, 8, 8), "float32"))
     assert verify_models(good, [tmp_path / "a.npy"], batch_sizes=[2]).passed

@@ -9,6 +9,7 @@ from flatwater.verify.inputs import (
     batch_sizes_of,
     load_inputs,
     make_inputs,
+    narrowed,
     resize_batch,
     running_inputs,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "load_inputs",
     "look_inside",
     "make_inputs",
+    "narrowed",
     "one_line",
     "resize_batch",
     "running_inputs",

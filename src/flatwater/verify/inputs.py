@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from flatwater.errors import InputError
 
-__all__ = ["InputSpec", "batch_sizes_of", "load_inputs", "make_inputs", "resize_batch", "running_inputs"]
+__all__ = ["InputSpec", "batch_sizes_of", "load_inputs", "make_inputs", "narrowed", "resize_batch", "running_inputs"]
 
 _BATCH = 2
 # Sizes that dynamic axes other than the batch are tried with: small, as ImageNet's networks want, smaller.
@@ -58,6 +58,24 @@ def batch_sizes_of(specs: Sequence[InputSpec], wanted: Sequence[int]) -> list[in
     """The sizes that are wanted, or the one that the first input fixes."""
     fixed = specs[0].shape[0] if specs and specs[0].shape else None
     return list(wanted) if fixed is None else [fixed]
+
+
+def narrowed(specs: Sequence[InputSpec], others: Sequence[InputSpec]) -> list[InputSpec]:
+    """What a model takes that another takes too: sizes that only the other fixes are fixed.
+
+    Inputs belong together by their order, as names do not survive every conversion. Where the two contradict each
+    other, ``specs`` stay as they are.
+    """
+    if len(specs) != len(others):
+        return list(specs)
+    return [_narrowed(spec, other) for spec, other in zip(specs, others, strict=True)]
+
+
+def _narrowed(spec: InputSpec, other: InputSpec) -> InputSpec:
+    if len(spec.shape) != len(other.shape):
+        return spec
+    sizes = zip(spec.shape, other.shape, strict=True)
+    return spec._replace(shape=[size if mine is None else mine for mine, size in sizes])
 
 
 def make_inputs(specs: Sequence[InputSpec]) -> Iterator[list[npt.NDArray[Any]]]:
