@@ -6,11 +6,13 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 from unittest import mock
 
 import numpy as np
 import pytest
+from benchmarks.sync_model import messages
 
 from flatwater.errors import DistributedError
 from flatwater.paddle.sync import doubling
@@ -88,6 +90,26 @@ def test_every_rank_gets_the_same_bits_of_the_sum(store: Store, count: int) -> N
         for result in results[1:]:
             np.testing.assert_array_equal(result[step], results[0][step])
     assert [vectors[0][0].size, vectors[0][2].size] == [1, 200_000]
+
+
+@pytest.mark.parametrize("count", range(2, 10))
+def test_the_busiest_rank_waits_as_often_as_the_model_says(store: Store, count: int) -> None:
+    waits = [0] * count
+    swap = doubling._Link.swap
+
+    def run(index: int) -> None:
+        def counted(link: doubling._Link, *arguments: Any) -> None:
+            waits[index] += 1
+            swap(link, *arguments)
+
+        with Rank(tuple(range(count)), index) as rank:
+            rank.sum(np.zeros(1), pause)  # connects
+            for link in rank._links.values():
+                setattr(link, "swap", partial(counted, link))  # noqa: B010 - of this object alone
+            rank.sum(np.zeros(1), pause)
+
+    on_each(count, run)
+    assert max(waits) == messages(count)
 
 
 def test_what_was_brought_is_left_as_it_was(store: Store) -> None:
