@@ -14,15 +14,32 @@ from typing import Any
 import numpy as np
 
 from benchmarks import machine
-from benchmarks.sync_model import ALGORITHMS, Array, Network, fit, messages, simulate, step_seconds
+from benchmarks.sync_model import ALGORITHMS, Array, Network, fit, messages, sent_bytes, simulate, step_seconds
 from benchmarks.sync_world import World
 from benchmarks.timing import Others, Quartiles, rounds
 
-__all__ = ["ASSUMED", "LENGTHS", "PROJECTED", "WORLDS", "Check", "Projection", "Step", "Sum", "measure", "summary"]
+__all__ = [
+    "ASSUMED",
+    "LENGTHS",
+    "PROJECTED",
+    "WORLDS",
+    "Check",
+    "LateSum",
+    "Projection",
+    "Step",
+    "Sum",
+    "measure",
+    "summary",
+]
 
 WORLDS = (2, 4)
 LENGTHS = tuple(4**k for k in range(9))
 """Float64 values of the sums that are timed alone."""
+
+LATE_WORLDS = (2, 3, 4, 8)
+LATE_LENGTH = 128
+LATE = 5e-3
+"""Seconds by which messages come later there: so many that how processors are shared counts little."""
 
 PROJECTED = (8, 64, 1024)
 """Numbers of ranks that nobody measured here."""
@@ -91,6 +108,24 @@ class Check:
 
 
 @dataclass(frozen=True)
+class LateSum:
+    """One sum whose messages come late: milliseconds, beside the formula."""
+
+    ranks: int
+    messages: int
+    """That follow each other, by the formula."""
+    delay: float
+    """Of each message."""
+    predicted: float
+    measured: Quartiles
+
+    @property
+    def ratio(self) -> float:
+        """Measured by predicted."""
+        return self.measured.median / self.predicted
+
+
+@dataclass(frozen=True)
 class Projection:
     """What the model says of numbers of ranks that were not measured: milliseconds per training step."""
 
@@ -108,6 +143,7 @@ def measure(
     *,
     worlds: Sequence[int] = WORLDS,
     lengths: Sequence[int] = LENGTHS,
+    late_worlds: Sequence[int] = LATE_WORLDS,
     models: Sequence[str] | None = None,
     network: Network | None = None,
     count: int = 9,
@@ -118,6 +154,7 @@ def measure(
     Args:
         worlds: numbers of processes.
         lengths: of the sums that are timed alone.
+        late_worlds: numbers of processes whose sums are timed with late messages.
         models: names in :data:`benchmarks.sync_worker.MODELS`; None for all.
         network: the user's, for which the model is asked too.
         count: rounds.
@@ -140,7 +177,21 @@ def measure(
                 progress(f"sync: {ranks} processes, {model}")
                 steps.append(_step(world, ranks, model, count))
             busy = max(busy, others.processors())
-    return summary(steps, sums, given=network) | {"others": busy}
+    late = [_late(ranks, network_of(sums, min(worlds)), count, progress) for ranks in late_worlds]
+    return summary(steps, sums, given=network) | {
+        "late": [asdict(row) | {"ratio": row.ratio} for row in late],
+        "others": busy,
+    }
+
+
+def _late(ranks: int, network: Network, count: int, progress: Callable[[str], object]) -> LateSum:
+    progress(f"sync: {ranks} processes, late messages")
+    with World(ranks, "sync_worker") as world:
+        world.call("prepare_late_sums", length=LATE_LENGTH, seconds=LATE)
+        times = rounds({"late": world.timer("late")}, count)["late"]
+        delay = float(np.mean(world.call("delay")))
+    predicted = messages(ranks) * (delay + network.message(sent_bytes(LATE_LENGTH)) * 1e3)
+    return LateSum(ranks, messages(ranks), delay, predicted, Quartiles.of(times))
 
 
 def summary(steps: Sequence[Step], sums: Sequence[Sum], *, given: Network | None = None) -> dict[str, Any]:
@@ -188,8 +239,7 @@ def _step(world: World, ranks: int, model: str, count: int) -> Step:
 def network_of(sums: Sequence[Sum], ranks: int) -> Network:
     """Latency and bandwidth of one message, from our own sums on so many ranks."""
     rows = [row for row in sums if row.ranks == ranks]
-    # What is sent is the vector, four marks and a length.
-    sizes = np.array([8.0 * (row.length + 5) for row in rows])
+    sizes = np.array([sent_bytes(row.length) for row in rows])
     return fit(sizes, np.array([row.flatwater.median * 1e-3 for row in rows]) / messages(ranks))
 
 

@@ -28,7 +28,17 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["ALGORITHMS", "Network", "Stragglers", "fit", "layer_bytes", "messages", "simulate", "step_seconds"]
+__all__ = [
+    "ALGORITHMS",
+    "Network",
+    "Stragglers",
+    "fit",
+    "layer_bytes",
+    "messages",
+    "sent_bytes",
+    "simulate",
+    "step_seconds",
+]
 
 Array: TypeAlias = npt.NDArray[np.float64]
 
@@ -91,9 +101,14 @@ def _rounds(ranks: int) -> int:
     return (ranks - 1).bit_length()
 
 
-def layer_bytes(channels: int) -> tuple[int, int]:
-    """Bytes that a layer's forward and backward sums put into one message: 2·C sums, 4 marks, lengths and counts."""
-    return 8 * (2 * channels + 6), 8 * (2 * channels + 5)
+def sent_bytes(length: int) -> float:
+    """Bytes of the message that carries so many float64 values, four marks and a length."""
+    return 8.0 * (length + 5)
+
+
+def layer_bytes(channels: int) -> tuple[float, float]:
+    """Bytes of the messages of a layer's forward sum, of 2·C sums and a count, and of its backward sum."""
+    return sent_bytes(2 * channels + 1), sent_bytes(2 * channels)
 
 
 def step_seconds(channels: Sequence[int], ranks: int, network: Network, algorithm: str = "recursive doubling") -> float:

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 
-from benchmarks.sync_model import Network, messages, step_seconds
+from benchmarks.sync_model import Network, messages, sent_bytes, step_seconds
 
 __all__ = ["draw"]
 
@@ -36,7 +36,7 @@ def _draw_sums(axes: Axes, rows: list[dict[str, Any]], network: Network) -> None
         for contender, label, style in (("paddle", "gloo", "s:"), ("flatwater", "ours", "o-")):
             times = [row[contender]["median"] * 1e3 for row in chosen]
             axes.plot(sizes, times, style, color=color, label=f"{label}, {ranks} processes", markersize=4)
-        fitted = [messages(ranks) * network.message(size + 40) * 1e6 for size in sizes]
+        fitted = [messages(ranks) * network.message(sent_bytes(row["length"])) * 1e6 for row in chosen]
         axes.plot(sizes, fitted, "--", color=color, linewidth=1, label=f"{messages(ranks)}·(α + n/B)")
     axes.set(xscale="log", yscale="log", xlabel="bytes of the vector", ylabel="µs", title="One sum, measured")
     _finish(axes)

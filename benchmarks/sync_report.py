@@ -12,7 +12,7 @@ __all__ = ["sync"]
 
 def sync(result: Result) -> list[RenderableType]:
     """Steps, sums, the model beside them, and what it says of more ranks."""
-    return _pages(_steps(result), _sums(result), _checks(result), *_projections(result))
+    return _pages(_steps(result), _sums(result), _checks(result), _late(result), *_projections(result))
 
 
 def _steps(result: Result) -> Table:
@@ -63,6 +63,23 @@ def _checks(result: Result) -> Table:
         times = [f"{row[name]:.1f}" for name in ("messages", "waiting", "predicted", "measured")]
         table.add_row(row["model"], f"{row['ranks']}", *times, f"{row['ratio']:.2f}")
     table.caption = "network: that of the fewest ranks; waiting: by the spread of the ranks' own work in that world"
+    return table
+
+
+def _late(result: Result) -> Table:
+    table = _table("The formula beside sums whose messages come late, as over a network: milliseconds", "ranks")
+    for heading in (
+        "messages that\nfollow each other",
+        "each later\nby",
+        "predicted",
+        "measured",
+        "measured /\npredicted",
+    ):
+        _right(table, heading)
+    for row in result["late"]:
+        times = [f"{row['delay']:.2f}", f"{row['predicted']:.2f}", f"{row['measured']['median']:.2f}"]
+        table.add_row(f"{row['ranks']}", f"{row['messages']}", *times, f"{row['ratio']:.2f}")
+    table.caption = "an emulation: whoever has received a message sleeps; the rest is this machine's"
     return table
 
 

@@ -17,10 +17,12 @@ from benchmarks.worker import serve
 from flatwater.kernels import Statistics
 from flatwater.paddle.kinds import BATCH_NORMS
 from flatwater.paddle.sync.collectives import Communicator, Operation, communicator_of
+from flatwater.paddle.sync.doubling import DoublingTransport, _Link
+from flatwater.paddle.sync.transport import Pause
 from flatwater.recipes.ocr.config import ModelConfig, NormConfig
 from flatwater.recipes.ocr.model import Recognizer
 
-__all__ = ["MODELS", "Stopwatch", "TrainingStep"]
+__all__ = ["MODELS", "LateLinks", "Stopwatch", "TrainingStep"]
 
 CLASSES = 10
 LABELS = 4
@@ -117,6 +119,42 @@ class Stopwatch:
         return {"in_sums": in_sums.tolist(), "between": (times[:, 1:, 0] - times[:, :-1, 1]).tolist()}
 
 
+class LateLinks:
+    """What makes a message come later: whoever has received it sleeps before going on."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._slept: list[float] = []
+
+    def link(self, link: _Link) -> _Link:
+        """The same link, late from now on."""
+        swap = link.swap
+
+        def late(message: memoryview, into: memoryview, pause: Pause) -> None:
+            swap(message, into, pause)
+            if into:
+                began = time.perf_counter()
+                time.sleep(self._seconds)
+                self._slept.append(time.perf_counter() - began)
+
+        link.swap = late  # type: ignore[method-assign]
+        return link
+
+    def mean(self) -> float:
+        """Seconds: the system wakes nobody on the dot."""
+        return float(np.mean(self._slept))
+
+
+def _communicator() -> Communicator:
+    return communicator_of(tuple(range(distributed.get_world_size())), None, paddle.CPUPlace())
+
+
+def _sum_of(length: int) -> Callable[[], object]:
+    communicator, values = _communicator(), np.ones(length)
+    operation = Operation("benchmark", "forward", length)
+    return lambda: communicator.sum(values, operation, 60.0)
+
+
 class Contenders:
     """What takes its turns in this rank: steps of one model, or sums of one length."""
 
@@ -138,15 +176,19 @@ class Contenders:
 
     def prepare_sums(self, length: int) -> None:
         """Make sums of ``length`` float64 values: ``flatwater``'s with all its checks, and ``paddle``'s."""
-        world = tuple(range(distributed.get_world_size()))
-        communicator = communicator_of(world, None, paddle.CPUPlace())
-        values, tensor = np.ones(length), paddle.zeros([length], "float64")
-        operation = Operation("benchmark", "forward", length)
-        self._steps = {
-            "flatwater": lambda: communicator.sum(values, operation, 60.0),
-            "paddle": lambda: distributed.all_reduce(tensor),
-        }
+        tensor = paddle.zeros([length], "float64")
+        self._steps = {"flatwater": _sum_of(length), "paddle": lambda: distributed.all_reduce(tensor)}
         self._sums = dict.fromkeys(self._steps, 0)
+
+    def prepare_late_sums(self, length: int, seconds: float) -> None:
+        """Make ``late``: such a sum of ours, in which each message comes so many seconds later, as over a network."""
+        add = _sum_of(length)
+        add()  # connects
+        transport = _communicator()._transport
+        assert isinstance(transport, DoublingTransport)
+        late = LateLinks(seconds)
+        transport._links = {partner: late.link(link) for partner, link in transport._links.items()}
+        self._steps, self._sums, self._late = {"late": add}, {"late": 0}, late
 
     def time(self, contender: str, repeats: int) -> dict[str, Any]:
         """Milliseconds of one step or sum, and of steps with sums what :meth:`Stopwatch.steps` knows."""
@@ -155,6 +197,10 @@ class Contenders:
             found |= self._stopwatch.steps(repeats, sums)
         self._stopwatch.times.clear()
         return found
+
+    def delay(self) -> float:
+        """Milliseconds by which the messages of ``late`` really came later."""
+        return self._late.mean() * 1e3
 
 
 def models() -> list[str]:
@@ -170,6 +216,8 @@ if __name__ == "__main__":
             "models": models,
             "prepare": contenders.prepare,
             "prepare_sums": contenders.prepare_sums,
+            "prepare_late_sums": contenders.prepare_late_sums,
+            "delay": contenders.delay,
             "time": contenders.time,
         }
     )

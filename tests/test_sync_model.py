@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -126,7 +127,11 @@ def result() -> dict[str, Any]:
         for ranks in sync.WORLDS
         for length in (1, 100)
     ]
-    return sync.summary([step(ranks) for ranks in sync.WORLDS], sums, given=Network(30e-6, 1.25e9)) | {"others": 0.0}
+    late = sync.LateSum(8, 3, delay=1.0, predicted=3.1, measured=quartiles(3.41))
+    return sync.summary([step(ranks) for ranks in sync.WORLDS], sums, given=Network(30e-6, 1.25e9)) | {
+        "late": [asdict(late) | {"ratio": late.ratio}],
+        "others": 0.0,
+    }
 
 
 def test_the_network_is_that_of_the_fewest_ranks() -> None:
@@ -155,6 +160,7 @@ def test_a_projection_knows_all_networks_and_says_that_it_is_none() -> None:
     assert text.count("Predicted, not measured") == 3
     assert "α = 30.0 µs, B = 1.25 GB/s: yours" in text
     assert "…" not in text
+    assert ["8", "3", "1.00", "3.10", "3.41", "1.10"] in [line.split() for line in text.splitlines()]
 
 
 def test_more_ranks_than_processors_are_said_to_be() -> None:
