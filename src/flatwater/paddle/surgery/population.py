@@ -19,7 +19,7 @@ from flatwater.paddle.dtypes import dtype_name
 from flatwater.paddle.sync.collectives import Operation, communicator_of, group_of, world_ranks
 from flatwater.surgery.recalibration import Pool
 
-__all__ = ["Ranks", "Reading", "first_tensor", "reading"]
+__all__ = ["Ranks", "Reading", "first_tensor", "moments_of", "reading"]
 
 
 @dataclass
@@ -61,6 +61,26 @@ def first_tensor(inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> paddle.Tens
 
 def _read(found: Reading, path: str, layer: Any, x: paddle.Tensor | None) -> None:
     where = f"batch norm layer {path!r}, in batch {found.batch},"
+    count, mean, m2 = moments_of(layer, x, where)
+    # Layers that share statistics between ranks ask that of all ranks' values.
+    if layer.training and count < 2 and not isinstance(layer, paddle.nn.SyncBatchNorm):
+        shape = None if x is None else list(x.shape)
+        raise SingleValueError(
+            f"{where} reads one value per channel (shape {shape}), which cannot be normalized by itself; "
+            "leave that batch out (drop_last=True), or use in_order=True"
+        )
+    found.pools.setdefault(path, Pool.empty(mean.size)).add(count, mean, m2)
+
+
+def moments_of(layer: Any, x: paddle.Tensor | None, where: str) -> tuple[int, Statistics, Statistics]:
+    """Count, mean and M2 of each channel of what a batch norm reads, in float64.
+
+    Args:
+        where: with what the message of an error begins.
+
+    Raises:
+        InputError: it is no tensor that the layer takes, or not finite.
+    """
     channels = int(layer._mean.shape[0])
     layout = getattr(layer, "_data_layout", None) or layer._data_format
     axis = 1 if layout[1] == "C" else -1
@@ -74,13 +94,7 @@ def _read(found: Reading, path: str, layer: Any, x: paddle.Tensor | None) -> Non
             f"{where} reads values that are NaN or infinite (channel {channel}); look at that batch of the data, and "
             "at the layers before this one"
         )
-    # Layers that share statistics between ranks ask that of all ranks' values.
-    if layer.training and count < 2 and not isinstance(layer, paddle.nn.SyncBatchNorm):
-        raise SingleValueError(
-            f"{where} reads one value per channel (shape {list(x.shape)}), which cannot be normalized by itself; "
-            "leave that batch out (drop_last=True), or use in_order=True"
-        )
-    found.pools.setdefault(path, Pool.empty(channels)).add(count, mean, m2)
+    return count, mean, m2
 
 
 def _moments(x: paddle.Tensor, axis: int) -> tuple[int, Statistics, Statistics]:
@@ -111,9 +125,13 @@ class Ranks:
         process_group: see :class:`~flatwater.paddle.SyncBatchNorm`.
         layers: what is measured, the same on all ranks.
         timeout: seconds to wait for the others.
+        task: what it is for, in messages.
     """
 
-    def __init__(self, process_group: Any, layers: Mapping[str, Any], timeout: float) -> None:
+    def __init__(
+        self, process_group: Any, layers: Mapping[str, Any], timeout: float, task: str = "recalibrate"
+    ) -> None:
+        self._task = task
         ranks, group_id = group_of(process_group)
         self._ranks = world_ranks(ranks)
         self._sizes = {path: int(layer._mean.shape[0]) for path, layer in layers.items()}
@@ -154,7 +172,7 @@ class Ranks:
         if self.alone:
             return values
         layout = zlib.crc32(repr([*self._sizes.items()]).encode())
-        label = f"recalibrate, {purpose} of {len(self._sizes)} layers"
+        label = f"{self._task}, {purpose} of {len(self._sizes)} layers"
         operation = Operation(label, "average", sum(self._sizes.values()), f"layout {layout:08x}")
         return self._communicator.sum(values, operation, self._timeout)
 
