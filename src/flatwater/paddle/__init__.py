@@ -4,7 +4,8 @@ Train    ``BatchNorm``, ``BatchNorm1D/2D/3D``, ``GroupNorm``, ``InstanceNorm1D/2
          ``convert(model)`` for a model that exists; ``flatwater.paddle.nn`` stands in for ``paddle.nn``
 Share    ``SyncBatchNorm``, ``convert_sync_batchnorm`` and ``revert_sync_batchnorm`` for a model that exists, and
          ``average_statistics`` (``AverageStatistics``, a callback) for one that was trained without
-Choose   ``advise`` which norm; ``MomentumSchedule``, where batches are small
+Choose   ``advise`` which norm; where batches are small, ``MomentumSchedule`` and ``accumulate_statistics`` (for
+         ``paddle.Model``: ``AccumulateStatistics``)
 See      ``NormMonitor``
 Control  ``apply_policy`` for everything at once, ``float32_layers``; ``freeze``, ``frozen_report`` and ``thaw``;
          ``recalibrate``
@@ -13,6 +14,11 @@ Ship     ``fold``, ``export``, ``verify``
 
 from flatwater.advice import AdviceReport
 from flatwater.paddle import nn
+from flatwater.paddle.choosing.accumulate import (
+    AccumulatedStatistics,
+    AccumulateStatistics,
+    accumulate_statistics,
+)
 from flatwater.paddle.choosing.advise import advise
 from flatwater.paddle.choosing.schedule import MomentumSchedule
 from flatwater.paddle.conv import ConvBNLayer
@@ -47,6 +53,8 @@ from flatwater.surgery.recalibration import RecalibrationReport
 from flatwater.verify import VerifyReport
 
 __all__ = [
+    "AccumulateStatistics",
+    "AccumulatedStatistics",
     "AdviceReport",
     "AppliedPolicy",
     "AverageStatistics",
@@ -71,6 +79,7 @@ __all__ = [
     "RecalibrationReport",
     "SyncBatchNorm",
     "VerifyReport",
+    "accumulate_statistics",
     "advise",
     "apply_policy",
     "average_statistics",
