@@ -16,10 +16,11 @@ PACKAGE = Path(flatwater.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 # What each room may import of Flatwater, besides itself.
-FOUNDATION = {"errors", "files", "spec"}
+FOUNDATION = {"errors", "files", "rounding", "spec"}
 ROOMS = {
     "errors": set(),
     "files": set(),
+    "rounding": set(),
     "spec": {"errors"},
     "advice": {"errors", "policy"},
     "momentum": {"errors"},

@@ -100,7 +100,8 @@ def verify_models(
         inputs: see :func:`flatwater.verify.load_inputs`; by default what :func:`flatwater.verify.make_inputs` makes.
         against: another such path.
         batch_sizes: where the model fixes the batch, only that one is run.
-        tolerance: default :data:`flatwater.verify.TOLERANCES` for the dtype of the parameters (float32: 1e-4).
+        tolerance: default :data:`flatwater.verify.TOLERANCES` for the dtype of the parameters (float32: 1e-4), or more
+            where the model multiplies rounding, see :mod:`flatwater.rounding`.
         decode: see :func:`flatwater.paddle.verify`.
 
     Raises:
@@ -146,6 +147,7 @@ def verify_models(
         reference=name,
         findings=findings,
         look=look_inside(reference),
+        adapt=tolerance is None,
     )
 
 

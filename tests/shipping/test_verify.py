@@ -16,7 +16,8 @@ import flatwater.paddle as fw
 from flatwater.errors import CheckpointError, InputError, SurgeryError
 from flatwater.paddle.shipping.export import export
 from flatwater.paddle.shipping.verify import verify
-from flatwater.verify import Form, compare_forms, difference, largest_difference, resize_batch
+from flatwater.rounding import shaken
+from flatwater.verify import Arrays, Form, Run, compare_forms, difference, largest_difference, resize_batch
 
 IMAGE = [InputSpec([None, 3, 8, 8], "float32", "image")]
 INF = float("inf")
@@ -162,6 +163,53 @@ def test_a_form_that_mixes_up_repeated_samples_is_found_out() -> None:
     form = Form("shifted", lambda: lambda inputs: [np.roll(inputs[0], 2, axis=0)])
     report = compare_forms(lambda inputs: inputs, [form], [np.ones((2, 3))], batch_sizes=(17,), tolerance=1e-4)
     assert not report.passed
+
+
+def logistic(rounds: int) -> Run:
+    """A chaotic map: what rounding does to x grows by 2 in every round on the average."""
+
+    def run(inputs: Arrays) -> Arrays:
+        x = inputs[0]
+        for _ in range(rounds):
+            x = np.float32(4) * x * (np.float32(1) - x)
+        return [x]
+
+    return run
+
+
+# At worst it grows by 4 in a round: in 8 from 6e-8, the last place of float32, to 4e-3, in 60 to all there is.
+@pytest.mark.parametrize(("rounds", "passes", "noisy"), [(4, True, False), (8, True, True), (60, False, True)])
+def test_rounding_that_a_model_multiplies_is_told_from_what_is_wrong(rounds: int, passes: bool, noisy: bool) -> None:
+    x = np.random.default_rng(0).uniform(0.1, 0.9, (3, 200)).astype("float32")
+    # The same in another order: rounded otherwise.
+    form = Form("rounded", lambda: lambda inputs: logistic(rounds - 1)([4 * inputs[0] - 4 * inputs[0] ** 2]))
+    wrong = Form("wrong", lambda: lambda inputs: logistic(rounds - 1)(logistic(1)([inputs[0] * np.float32(1.01)])))
+    report = compare_forms(logistic(rounds), [form, wrong], [x], batch_sizes=[3], tolerance=1e-4, adapt=True)
+    assert [row.passed for row in report.rows] == [passes, False]
+    assert (report.noise is not None) == noisy
+    words = {True: "may be off by 8 times that", False: "prove nothing"}[passes]
+    assert (words in str(report)) == noisy
+    if noisy and passes:
+        assert report.rows[0].tolerance > 1e-4
+        assert report.noise is not None
+        assert report.rows[0].tolerance == pytest.approx(8 * report.noise)
+    # Without leave to adapt, the tolerance stands.
+    strict = compare_forms(logistic(rounds), [form], [x], batch_sizes=[3], tolerance=1e-4)
+    assert strict.passed == (rounds == 4)
+    assert strict.noise is None
+
+
+def test_shaking_moves_every_float_by_one_unit_in_the_last_place() -> None:
+    array = np.array([[1.0, -2.5, 0.0, np.inf, 3e38], [np.nan, 1e-3, 7.0, -1e9, np.finfo("float32").max]], "float32")
+    moved = shaken(array)
+    finite = np.isfinite(array)
+    assert moved.dtype == array.dtype
+    units = np.abs(moved[finite] - array[finite]) / np.spacing(np.abs(array[finite]))
+    assert set(units.tolist()) <= {0.5, 1.0, 0.0}  # half of one below a power of two; none beyond the largest number
+    assert (units == 0).sum() <= 1
+    np.testing.assert_array_equal(moved[~finite], array[~finite])
+    indices = np.arange(3)
+    assert shaken(indices) is indices
 
 
 def test_several_inputs_and_outputs(tmp_path: Path) -> None:

@@ -86,7 +86,8 @@ def fold_onnx(
         inputs: see :func:`flatwater.verify.load_inputs`; by default what :func:`flatwater.verify.make_inputs` makes.
         batch_sizes: to compare at, where the model does not fix the batch.
         tolerance: how far, relative to its scale, an output may move; default
-            :data:`flatwater.verify.TOLERANCES` for the dtype of the weights (float32: 1e-4).
+            :data:`flatwater.verify.TOLERANCES` for the dtype of the weights (float32: 1e-4), or more where the
+            model multiplies rounding, see :mod:`flatwater.rounding`.
 
     Raises:
         VerificationError: the folded model computes something else. Nothing was written.
@@ -122,6 +123,7 @@ def fold_onnx(
         tolerance=default_tolerance(weight_dtype(original)) if tolerance is None else tolerance,
         reference="the original, unoptimised",
         look=look_inside(reference),
+        adapt=tolerance is None,
     )
     if not report.passed:
         row = report.failures[0]

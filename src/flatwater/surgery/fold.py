@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from flatwater.errors import SurgeryError
+from flatwater.rounding import MOST_NOISE, NOISE_FACTOR, with_rounding
 from flatwater.surgery.arithmetic import (
     Affine,
     affine_after,
@@ -20,13 +21,7 @@ from flatwater.surgery.plan import Planner
 from flatwater.surgery.report import FoldedPair, FoldReport, Movement
 from flatwater.surgery.view import Absorption, Fold, ModelView
 
-__all__ = ["MOST_NOISE", "fold_model"]
-
-MOST_NOISE = 1e-2
-"""The largest default tolerance: a model that moves by more when a bit of its input does proves nothing."""
-
-# A fold rounds every weight anew, the shaken inputs round once: so the first moves what follows by a little more.
-_NOISE_FACTOR = 8.0
+__all__ = ["fold_model"]
 
 
 def fold_model(view: ModelView, tolerance: float, *, adapt: bool = False) -> FoldReport:
@@ -43,7 +38,7 @@ def fold_model(view: ModelView, tolerance: float, *, adapt: bool = False) -> Fol
 
     Args:
         adapt: where the model itself moves a tensor by more than the tolerance when its inputs move by one unit in
-            the last place, allow that tensor eight times this movement, at most ``MOST_NOISE``;
+            the last place, allow that tensor eight times this movement, at most :data:`~flatwater.rounding.MOST_NOISE`;
             what a norm writes that would need more is not looked at.
 
     Raises:
@@ -104,13 +99,13 @@ class _Proof:
             moved = (*found.outputs.items(), *found.norms.items())
             self._noise = {name: movement.max_rel for name, movement in moved}
             if self.adapt:
-                self._chaotic = {path for path in found.norms if _NOISE_FACTOR * self._noise[path] > MOST_NOISE}
+                self._chaotic = {path for path in found.norms if NOISE_FACTOR * self._noise[path] > MOST_NOISE}
 
     def limit(self, name: str) -> float:
         """How far this tensor may move; its noise counts once it has been measured."""
         if not self.adapt:
             return self.tolerance
-        return max(self.tolerance, min(_NOISE_FACTOR * self._noise.get(name, 0.0), MOST_NOISE))
+        return with_rounding(self.tolerance, self._noise.get(name, 0.0))
 
     def damage(self, observation: Any, changed: set[str]) -> tuple[str, Movement] | None:
         """What moved too far, and the farthest; the norms in ``changed`` are meant to write something else."""
@@ -125,7 +120,7 @@ class _Proof:
         """In words what has moved, and whether it is no more than what rounding does to this model."""
         limit, noise = self.limit(name), self._noise.get(name, 0.0)
         text = f"moved {moved.where} by {moved.max_rel:.2g} of its scale, more than the tolerance {limit:.2g}"
-        if _NOISE_FACTOR * noise < moved.max_rel:
+        if NOISE_FACTOR * noise < moved.max_rel:
             return text, False
         return (
             f"{text}, and proves nothing: this model multiplies rounding, and moves it by {noise:.2g} when its inputs "

@@ -33,7 +33,7 @@ def verify_page(report: VerifyReport, title: str) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "share": share}
+    environment.filters |= {"number": number, "share": share, "capitalise": lambda words: words[0].upper() + words[1:]}
     groups = [list(group) for _, group in itertools.groupby(report.rows, key=lambda row: row.form)]
     return environment.get_template("verify.html.j2").render(
         report=report,

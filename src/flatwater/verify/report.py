@@ -12,6 +12,8 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from flatwater.rounding import MOST_NOISE, NOISE_FACTOR
+
 __all__ = ["Divergence", "Finding", "VerifyReport", "VerifyRow", "number", "share"]
 
 
@@ -77,6 +79,8 @@ class VerifyReport:
         rows: form by form.
         reference: what the forms were compared with.
         findings: what is known to be wrong with the model.
+        noise: how far the reference moves, relative to the scale of its outputs, when its inputs move by one unit in
+            the last place; None where nothing was off, or that is within the tolerance.
         diverging: where a form that failed starts to compute something else; None if no number is off, or nothing
             could be looked into.
     """
@@ -85,6 +89,7 @@ class VerifyReport:
     reference: str = "the live model"
     findings: list[Finding] = field(default_factory=list)
     diverging: Divergence | None = None
+    noise: float | None = None
 
     @property
     def passed(self) -> bool:
@@ -103,14 +108,26 @@ class VerifyReport:
             "reference": self.reference,
             "rows": [asdict(row) for row in self.rows],
             "findings": [finding._asdict() for finding in self.findings],
+            "noise": self.noise,
             "diverging": None if self.diverging is None else self.diverging._asdict(),
         }
+
+    @property
+    def rounding(self) -> str | None:
+        """What there is to say of a model that multiplies rounding; None for others."""
+        if self.noise is None:
+            return None
+        what = f"moves by {number(self.noise)} of its scale when its inputs move by one unit in the last place"
+        if NOISE_FACTOR * self.noise > MOST_NOISE:
+            return f"the model multiplies rounding, and {what}: these inputs prove nothing; give others, or a tolerance"
+        return f"the model multiplies rounding, and {what}: its forms may be off by {NOISE_FACTOR:g} times that"
 
     @property
     def remarks(self) -> list[str]:
         """What there is to say besides numbers, each once."""
         remarks = [f"{row.form}: {row.note}" for row in self.rows if row.note]
         remarks += [f"{finding.layer}: {finding.problem}" for finding in self.findings]
+        remarks += [self.rounding] if self.rounding else []
         remarks += [f"{self.diverging.form}: {self.diverging.words}"] if self.diverging else []
         return list(dict.fromkeys(remarks))
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from flatwater.errors import CheckpointError
+from flatwater.rounding import NOISE_FACTOR, shaken, with_rounding
 from flatwater.verify.compare import Difference, largest_difference, same_argmax, same_items
 from flatwater.verify.divergence import find_divergence
 from flatwater.verify.forms import Arrays, Decode, Form, Look, Run, one_line
@@ -26,6 +27,7 @@ def compare_forms(
     reference: str = "the live model",
     findings: Sequence[Finding] = (),
     look: Look | None = None,
+    adapt: bool = False,
 ) -> VerifyReport:
     """Run ``inputs`` at every batch size through the live model and every form.
 
@@ -36,10 +38,11 @@ def compare_forms(
         forms: what is compared with it.
         inputs: cut or repeated to each batch size, see :func:`resize_batch`.
         batch_sizes: at least one.
-        tolerance: what the relative difference may be.
+        tolerance: what the relative difference may be, unless ``adapt`` allows more.
         decode: makes one item a sample, as a text, of a model's outputs; every item has to be equal too.
         reference: what ``live`` is called.
         findings: what is known to be wrong already; a report with findings does not pass.
+        adapt: where something is off, allow what rounding does to this model, see :mod:`flatwater.rounding`.
         look: shows what the layers of ``live`` write, to say where the first form that fails starts to differ.
 
     Raises:
@@ -48,6 +51,7 @@ def compare_forms(
     batches = {size: resize_batch(inputs, size) for size in batch_sizes}
     expected = {size: live(batch) for size, batch in batches.items()}
     rows = []
+    noise: dict[int, float] = {}
     moved: tuple[Form, int] | None = None
     for form in forms:
         run: Run | None = None
@@ -71,14 +75,22 @@ def compare_forms(
                 rows.append(VerifyRow(form.name, size, None, None, tolerance, passed=False, note=note))
                 continue
             found = largest_difference(expected[size], actual)
-            rows.append(_row(form.name, size, found, (expected[size], actual), tolerance, decode))
-            if moved is None and found.max_rel > tolerance:
+            limit = tolerance
+            if adapt and tolerance < found.max_rel < math.inf:
+                if size not in noise:
+                    again = live([shaken(array) for array in batch])
+                    noise[size] = largest_difference(expected[size], again).max_rel
+                limit = with_rounding(tolerance, noise[size])
+            rows.append(_row(form.name, size, found, (expected[size], actual), limit, decode))
+            # What rounding alone may have moved has no layer to blame.
+            if moved is None and found.max_rel > max(limit, NOISE_FACTOR * noise.get(size, 0.0)):
                 moved = form, size
     diverging = None
     if look is not None and moved is not None:
         form, size = moved
-        diverging = _explain(form, look, batches[size], tolerance)
-    return VerifyReport(rows, reference, list(findings), diverging)
+        diverging = _explain(form, look, batches[size], with_rounding(tolerance, noise.get(size, 0.0)))
+    multiplied = [one for one in noise.values() if with_rounding(tolerance, one) > tolerance]
+    return VerifyReport(rows, reference, list(findings), diverging, max(multiplied, default=None))
 
 
 def _row(

@@ -202,6 +202,8 @@ class _Job:
                 f"{row.form} at batch {row.batch} differs by {row.max_rel:.2g} of the output's scale "
                 f"(tolerance {row.tolerance:.2g})"
             )
+        if not found and report.rounding and report.diverging is None:
+            found = report.rounding
         if not found:
             first = self._first_divergence(row)
             found = f"the first layer to diverge is {first}" if first else "no single layer shows it when probed"

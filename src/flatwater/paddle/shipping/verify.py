@@ -49,7 +49,8 @@ def verify(
         inputs: as for :func:`~flatwater.paddle.fold`; cut along the first axis to each batch size, or repeated with
             floats scaled, see :func:`flatwater.verify.resize_batch`.
         batch_sizes: where the program was exported with a fixed batch size, only that one is run.
-        tolerance: default :data:`flatwater.verify.TOLERANCES` for the dtype of the parameters (float32: 1e-4).
+        tolerance: default :data:`flatwater.verify.TOLERANCES` for the dtype of the parameters (float32: 1e-4), or more
+            where the model multiplies rounding, see :mod:`flatwater.rounding`.
         decode: from the list of a model's outputs, as arrays, to one item a sample, such as the text that was read.
             A row in which an item differs from that of the live model does not pass.
         show: print the table.
@@ -80,6 +81,7 @@ def verify(
             decode=decode,
             findings=findings,
             look=look,
+            adapt=tolerance is None,
         )
     if show:
         Console().print(report)
