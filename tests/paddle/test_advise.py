@@ -222,6 +222,17 @@ def test_what_cannot_be_asked() -> None:
         fw.advise(model, batch_size=2, input_spec=SPEC).policy(one_device="gn")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("make", [lambda: nn.InstanceNorm1D(4), lambda: nn.GroupNorm(4, 4), lambda: nn.LayerNorm([1])])
+def test_norms_that_make_everything_constant_are_told(make: Any) -> None:
+    layer = make()
+    shape = [2, 4, 1]
+    x = paddle.randn(shape)
+    assert (layer(x).numpy() == 0).all()
+    assert "gives β whatever it reads" in fw.advise(layer, inputs=x).layers[0].reason
+    if not isinstance(layer, nn.LayerNorm):
+        assert "whatever" not in fw.advise(layer, inputs=paddle.randn([2, 4, 3])).layers[0].reason
+
+
 def test_one_value_per_channel_is_called_what_it_is() -> None:
     assert "cannot be normalized in training" in choose_norm(1, positions=1, channels=1).reason
     assert "cannot" not in choose_norm(2, positions=1, channels=1).reason

@@ -9,7 +9,7 @@ import paddle
 from flatwater.advice import AdviceReport, Batch, LayerAdvice, choose_norm
 from flatwater.errors import InputError
 from flatwater.paddle.choosing.walk import batch_size_of, batches_of, inputs_of
-from flatwater.paddle.kinds import BATCH_NORMS, normalizes_by_batch
+from flatwater.paddle.kinds import BATCH_NORMS, INSTANCE_NORMS, normalizes_by_batch
 from flatwater.paddle.running import as_inputs, layers_of
 from flatwater.paddle.surgery.recast import channels_of, is_recast, kind_of, recast_obstacle
 
@@ -87,7 +87,8 @@ def advise_layer(path: str, layer: Any, batch: Batch | None, world_size: int) ->
     if staying is None and batch is None:
         staying = "the inputs do not reach it (a forward captured by to_static hides its layers)"
     if staying is not None or batch is None:
-        return LayerAdvice(path, name, channels, batch, None, staying or "")
+        alone = "; it has one value to normalize at a time, so that it gives β whatever it reads"
+        return LayerAdvice(path, name, channels, batch, None, f"{staying}{alone if _is_constant(layer, batch) else ''}")
     choice = choose_norm(
         batch.samples,
         world_size,
@@ -97,6 +98,17 @@ def advise_layer(path: str, layer: Any, batch: Batch | None, world_size: int) ->
         obstacle=recast_obstacle(layer),
     )
     return LayerAdvice(path, name, channels, batch, choice.kind, choice.reason, choice.groups, choice.momentum)
+
+
+def _is_constant(layer: Any, batch: Batch | None) -> bool:
+    """Whether a norm of each sample has sets of a single value."""
+    if batch is None or isinstance(layer, BATCH_NORMS):
+        return False
+    if isinstance(layer, INSTANCE_NORMS):
+        return batch.positions == 1
+    if isinstance(layer, paddle.nn.GroupNorm):
+        return batch.positions == 1 and layer._num_groups == layer._num_channels
+    return channels_of(layer) == 1
 
 
 def why_it_stays(layer: Any) -> str | None:

@@ -160,6 +160,11 @@ def frozen_report(model: paddle.nn.Layer) -> FrozenReport:
     return report
 
 
+def is_frozen(layer: paddle.nn.Layer) -> bool:
+    """Whether :func:`freeze` froze something of this layer, and nobody thawed it."""
+    return _memory_of(layer) is not None
+
+
 def _choose(
     model: paddle.nn.Layer, pattern: str | None, report: FreezeReport, *, weight: bool, bias: bool, statistics: bool
 ) -> list[tuple[str, paddle.nn.Layer, list[str]]]:
@@ -198,11 +203,6 @@ def _matching(model: paddle.nn.Layer, pattern: str | None) -> list[tuple[str, pa
             f"the {type(model).__name__} has no norm layer {which}; see model.named_sublayers() for its paths"
         )
     return matching
-
-
-def is_frozen(layer: paddle.nn.Layer) -> bool:
-    """Whether :func:`freeze` froze something of this layer, and nobody thawed it."""
-    return _memory_of(layer) is not None
 
 
 def _memory_of(layer: paddle.nn.Layer) -> _Memory | None:
