@@ -165,6 +165,24 @@ def test_a_closed_connection_names_the_rank(store: Store) -> None:
     assert on_each(2, run) == ["seen", ""]
 
 
+def test_a_connection_is_closed_for_forked_processes_too(store: Store) -> None:
+    """What a data loader's worker inherits must not keep the other ranks waiting."""
+
+    def run(index: int) -> str:
+        with Rank((0, 1), index) as rank:
+            rank.sum(np.zeros(2), pause)
+            if index == 1:
+                inherited.append(rank._links[0]._connection.dup())
+                return ""
+            with pytest.raises(ConnectionError, match="rank 1"):
+                rank.sum(np.zeros(2), pause)
+            return "seen"
+
+    inherited: list[socket.socket] = []
+    assert on_each(2, run) == ["seen", ""]
+    inherited[0].close()
+
+
 @pytest.mark.parametrize("greeting", [b"", b"x" * 20, b"x" * 7])
 def test_a_stranger_who_connects_takes_no_rank(store: Store, greeting: bytes) -> None:
     key = "flatwater/addresses/0,1/0"

@@ -13,6 +13,7 @@ aborts the process that gets a longer vector than it expects. ``docs/sync.md`` h
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import secrets
 import select
@@ -133,6 +134,9 @@ class _Link:
 
     def close(self) -> None:
         """Let the other rank see that nothing will come."""
+        with contextlib.suppress(OSError):  # it may be broken already
+            # Closing alone would tell nobody while a forked process, such as a data loader's, holds it too.
+            self._connection.shutdown(socket.SHUT_RDWR)
         self._connection.close()
 
     def _send(self, message: memoryview) -> int:
