@@ -83,7 +83,7 @@ class DoublingTransport:
 
     def _rounds(self) -> list[int]:
         """With whom this rank swaps, if it is within the power of two."""
-        return [self._index ^ 1 << k for k in range(self._power.bit_length() - 1)]
+        return [self._index ^ (1 << k) for k in range(self._power.bit_length() - 1)]
 
     def _partners(self) -> list[int]:
         beyond = self._index ^ self._power
