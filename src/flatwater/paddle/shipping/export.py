@@ -202,7 +202,7 @@ class _Job:
                 f"{row.form} at batch {row.batch} differs by {row.max_rel:.2g} of the output's scale "
                 f"(tolerance {row.tolerance:.2g})"
             )
-        if not found and report.rounding and report.diverging is None:
+        if not found and report.rounding and report.diverging is None and row.max_rel is not None:
             found = report.rounding
         if not found:
             first = self._first_divergence(row)
