@@ -119,6 +119,11 @@ def test_auto_looks_at_the_recipes_own_batch() -> None:
         ("groups: 4", "gruops: 4", r"line 10: unknown key norm\.rules\.0\.gruops; did you mean groups"),
         ("norm_type: gn", "norm_type: gm", r"line 9: norm\.rules\.0\.norm_type='gm': input should be"),
         ("from_step: 4", "from_epoch: 4", r"line 13: norm: from_epoch=4 never comes"),
+        (
+            "freeze: {what: both, from_step: 4}",
+            "momentum_schedule: {at: {0: 0.5}, by: epoch}",
+            r"line 13: norm: by=epoch never comes",
+        ),
         ("momentum: 0.8", "kind: none", "line 7: norm: rules contradict kind=none"),
         ("momentum: 0.8", "momentum: 0.8\n  momentum: 0.9", "line 7: 'momentum' is given in line 6 already"),
         ("steps: 6", "setps: 6", r"line 3: unknown key train\.setps; did you mean train\.steps"),

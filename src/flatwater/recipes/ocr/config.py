@@ -75,6 +75,11 @@ class NormConfig(_Section):
                     f"from_epoch={rule.freeze.from_epoch} never comes, for this training counts steps; use from_step",
                     *("rules", number, "freeze"),
                 )
+            if rule.momentum_schedule is not None and rule.momentum_schedule.by == "epoch":
+                raise contradiction(
+                    "by=epoch never comes, for this training counts steps; use by=step",
+                    *("rules", number, "momentum_schedule"),
+                )
         return self
 
 
