@@ -138,6 +138,26 @@ def test_a_norm_that_uses_the_batch_in_eval_is_caught(tmp_path: Path) -> None:
     assert all(np.array_equal(value, before[name]) for name, value in state_of(model).items())
 
 
+def test_what_is_decoded_has_to_be_equal_too(tmp_path: Path) -> None:
+    def read(outputs: list[np.ndarray]) -> list[str]:
+        return ["".join("abcd"[index] for index in sample.argmax(0).flat) for sample in outputs[0]]
+
+    model = toy()
+    report = export(model, tmp_path / "model", IMAGE, decode=read).verification
+    assert all(row.decoded == 1.0 for row in report.rows)
+    calls: list[int] = []
+
+    def fickle(outputs: list[np.ndarray]) -> list[int]:
+        calls.append(len(outputs[0]))
+        return [len(calls)] * len(outputs[0])
+
+    with pytest.raises(
+        VerificationError, match=r"paddle\.jit\.load at batch 1: only 0% is decoded alike; .*within the"
+    ):
+        export(model, tmp_path / "other", IMAGE, decode=fickle)
+    assert not (tmp_path / "other.json").exists()
+
+
 @pytest.mark.parametrize("package", ["paddle2onnx", "onnx", "onnxruntime"])
 def test_a_missing_package_is_named_and_nothing_is_written(
     package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

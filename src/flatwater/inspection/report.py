@@ -89,17 +89,20 @@ class Inspection:
         if not self.norms:
             return Group(summary)
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        for heading in ("norm", "kind", "channels", "reads", "verdict"):
+        # A column that says the same in every row would only narrow the others.
+        kinds = {norm.kind for norm in self.norms} != {"batch_norm"}
+        for heading in ("norm", *["kind"] * kinds, "channels", "reads", "verdict"):
             table.add_column(heading, justify="right" if heading == "channels" else "left", overflow="fold")
         for norm in self.norms:
             if norm.batch_statistics is not None:
                 verdict = f"[red]TRAINING[/] {escape(norm.batch_statistics)}"
             elif norm.folds_into is not None:
-                verdict = f"[yellow]foldable[/] into {escape(norm.folds_into)}"
+                into = "it" if norm.folds_into == norm.reads else norm.folds_into
+                verdict = f"[yellow]foldable[/] into {escape(into)}"
             else:
                 verdict = f"stays: {escape(norm.reason or '')}"
             channels = "–" if norm.channels is None else str(norm.channels)
-            table.add_row(escape(norm.name), norm.kind, channels, escape(norm.reads), verdict)
+            table.add_row(escape(norm.name), *[norm.kind] * kinds, channels, escape(norm.reads), verdict)
         return Group(summary, table)
 
     def __str__(self) -> str:

@@ -13,7 +13,7 @@ from flatwater.verify.inputs import (
     resize_batch,
     running_inputs,
 )
-from flatwater.verify.report import Divergence, Finding, VerifyReport, VerifyRow
+from flatwater.verify.report import Divergence, Finding, VerifyReport, VerifyRow, share
 from flatwater.verify.side_by_side import compare_forms
 
 __all__ = [
@@ -44,5 +44,6 @@ __all__ = [
     "one_line",
     "resize_batch",
     "running_inputs",
+    "share",
     "verify_page",
 ]

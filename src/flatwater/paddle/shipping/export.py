@@ -23,7 +23,7 @@ from flatwater.paddle.shipping.localize import first_divergence, probing
 from flatwater.paddle.shipping.verify import verify
 from flatwater.paddle.surgery.fold import fold as fold_norms
 from flatwater.surgery import FoldReport
-from flatwater.verify import VerifyReport, VerifyRow, batch_sizes_of, one_line, resize_batch
+from flatwater.verify import Decode, VerifyReport, VerifyRow, batch_sizes_of, one_line, resize_batch, share
 
 __all__ = ["ExportReport", "Format", "export"]
 
@@ -64,6 +64,7 @@ def export(
     *,
     example_inputs: Any = None,
     tolerance: float | None = None,
+    decode: Decode | None = None,
     show: bool = False,
 ) -> ExportReport:
     """Export ``model`` as it computes in ``eval()``, verify every form against it, and only then write the files.
@@ -80,6 +81,7 @@ def export(
         example_inputs: what to fold and verify on. Default: reproducible random numbers of the shapes in
             ``input_spec``, dynamic sizes other than the batch being tried as 64, 224 and 32.
         tolerance: of folding and of verification, see :func:`~flatwater.paddle.verify`.
+        decode: what is made of the outputs, and has to be equal too, see :func:`~flatwater.paddle.verify`.
         show: print the verification table.
 
     Raises:
@@ -107,7 +109,7 @@ def export(
         raise InputError(
             f"{len(examples.arrays())} example inputs for an input_spec of {len(specs)}; give one for each"
         )
-    job = _Job(model, specs, examples, "onnx" in formats, fold, tolerance)
+    job = _Job(model, specs, examples, "onnx" in formats, fold, tolerance, decode)
     with _folder_beside(files.prefix) as folder:
         staged = ModelFiles(folder / files.prefix.name)
         with job.folded() as fold_report:
@@ -134,6 +136,7 @@ class _Job:
     onnx: bool
     fold: bool
     tolerance: float | None
+    decode: Decode | None
 
     @contextlib.contextmanager
     def folded(self) -> Iterator[FoldReport | None]:
@@ -179,7 +182,13 @@ class _Job:
         sizes = batch_sizes_of([input_spec(spec, 0) for spec in self.specs[:1]], (1, 2, 17))
         try:
             report = verify(
-                self.model, files.prefix, self._arguments(), batch_sizes=sizes, tolerance=self.tolerance, show=show
+                self.model,
+                files.prefix,
+                self._arguments(),
+                batch_sizes=sizes,
+                tolerance=self.tolerance,
+                decode=self.decode,
+                show=show,
             )
         except CheckpointError as error:
             raise VerificationError(
@@ -197,6 +206,9 @@ class _Job:
         row = report.failures[0]
         if row.max_rel is None:
             what = f"{row.form} at batch {row.batch}: {row.note}"
+        elif row.max_rel <= row.tolerance:
+            what = f"{row.form} at batch {row.batch}: only {share(row.decoded)} is decoded alike"
+            found = found or f"the outputs are within the tolerance ({row.max_rel:.2g} of their scale)"
         else:
             what = (
                 f"{row.form} at batch {row.batch} differs by {row.max_rel:.2g} of the output's scale "
