@@ -66,8 +66,8 @@ def _read(found: Reading, path: str, layer: Any, x: paddle.Tensor | None) -> Non
     if layer.training and count < 2 and not isinstance(layer, paddle.nn.SyncBatchNorm):
         shape = None if x is None else list(x.shape)
         raise SingleValueError(
-            f"{where} reads one value per channel (shape {shape}), which cannot be normalized by itself; "
-            "leave that batch out (drop_last=True), or use in_order=True"
+            f"{where} reads {'one value' if count else 'no values'} per channel (shape {shape}), which cannot be "
+            "normalized; leave that batch out (drop_last=True), or use in_order=True"
         )
     found.pools.setdefault(path, Pool.empty(mean.size)).add(count, mean, m2)
 
