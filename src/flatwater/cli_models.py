@@ -65,7 +65,7 @@ _batch = click.option(
 _tolerance = click.option(
     "--tolerance",
     type=click.FloatRange(min=0),
-    help="How far an output may be off, relative to its scale. Default: 1e-4 for float32.",
+    help="How far an output may be off, relative to its scale. Default: 1e-4 for float32, see docs/verify.md.",
 )
 
 
