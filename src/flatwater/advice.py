@@ -235,20 +235,20 @@ class AdviceReport:
         """Paths of the layers that the inputs did not reach, for which nothing is advised."""
         return [one.path for one in self.layers if one.batch is None]
 
-    def policy(self, *, one_device: Literal["group_norm", "momentum"] = "group_norm") -> Policy:
+    def policy(self, *, unshared: Literal["group_norm", "momentum"] = "group_norm") -> Policy:
         """The advice as rules for :func:`flatwater.paddle.apply_policy`; ``model_dump()`` of it can be kept as YAML.
 
         Args:
-            one_device: what to do where group norm is advised: take it, or stay with batch norm and the momentum that
-                averages over more steps, as suits a model whose weights were trained with batch norm.
+            unshared: what to do about small batches that no devices share: take group norm, as advised, or stay with batch
+                norm and the momentum that averages over more steps, as suits weights that were trained with batch norm.
 
         Raises:
-            InputError: ``one_device`` is neither.
+            InputError: ``unshared`` is neither.
             ConfigError: every layer stays as it is, so there is nothing to say.
             BackendError: pydantic or PyYAML, which policies need, is not installed.
         """
-        if one_device not in ("group_norm", "momentum"):
-            raise InputError(f"one_device={one_device!r} must be 'group_norm' or 'momentum'")
+        if unshared not in ("group_norm", "momentum"):
+            raise InputError(f"unshared={unshared!r} must be 'group_norm' or 'momentum'")
         try:
             from flatwater.policy import Policy
         except ImportError as error:
@@ -258,7 +258,7 @@ class AdviceReport:
         rules: dict[tuple[Any, ...], list[str]] = {}
         for one in self.layers:
             if one.use is not None:
-                rules.setdefault(_setting(one, one_device), []).append(glob.escape(one.path))
+                rules.setdefault(_setting(one, unshared), []).append(glob.escape(one.path))
         if not rules:
             raise ConfigError("the advice is to leave every norm layer as it is; there is nothing for a policy to do")
         return Policy.of([{"match": paths, **dict(setting)} for setting, paths in rules.items()], "the advice")
@@ -302,9 +302,9 @@ class AdviceReport:
         return captured.get().rstrip()
 
 
-def _setting(one: LayerAdvice, one_device: str) -> tuple[tuple[str, Any], ...]:
+def _setting(one: LayerAdvice, unshared: str) -> tuple[tuple[str, Any], ...]:
     """What a rule sets for this layer, in a form that can be compared."""
-    if one.use == "group_norm" and one_device == "group_norm":
+    if one.use == "group_norm" and unshared == "group_norm":
         return (("norm", "group_norm"), *((("groups", one.groups),) if one.groups else ()))
     if one.use == "sync_batch_norm":
         return (("norm", "sync_batch_norm"),)

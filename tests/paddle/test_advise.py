@@ -178,7 +178,7 @@ def test_a_rules_own_groups_and_momentum_come_before_the_advice() -> None:
 def test_a_model_that_was_trained_with_batch_norm_can_keep_it() -> None:
     model = Network()
     report = fw.advise(model, batch_size=2, world_size=1, input_spec=SPEC)
-    fw.apply_policy(model, report.policy(one_device="momentum"))
+    fw.apply_policy(model, report.policy(unshared="momentum"))
     assert type(model.wide[1]) is nn.BatchNorm2D
     assert (model.wide[1]._momentum, model.narrow[1]._momentum, model.parts._momentum) == (0.9869, 0.92, 0.9)
 
@@ -218,8 +218,8 @@ def test_what_cannot_be_asked() -> None:
         fw.advise(nn.Linear(2, 2), inputs=paddle.zeros([2, 2]))
     with pytest.raises(ConfigError, match="nothing for a policy to do"):
         fw.advise(nn.GroupNorm(2, 4), inputs=paddle.zeros([2, 4])).policy()
-    with pytest.raises(InputError, match="one_device='gn'"):
-        fw.advise(model, batch_size=2, input_spec=SPEC).policy(one_device="gn")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="unshared='gn'"):
+        fw.advise(model, batch_size=2, input_spec=SPEC).policy(unshared="gn")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("make", [lambda: nn.InstanceNorm1D(4), lambda: nn.GroupNorm(4, 4), lambda: nn.LayerNorm([1])])

@@ -39,7 +39,7 @@ class MomentumSchedule(paddle.callbacks.Callback):
     does not hold momentum.
 
     Args:
-        at: momentum by step or epoch, counted from 0; what is true at the first place is set at once.
+        at: momentum by step or epoch, counted from 0; the first one is set at once.
         curve: between these places, ``"linear"``, ``"cosine"``, or ``"constant"`` up to the next one.
         by: what ``at`` counts, and so :meth:`step`: ``"step"`` or ``"epoch"``. In ``paddle.Model.fit`` a step is a
             batch, whether or not gradients are accumulated over several.
