@@ -239,8 +239,8 @@ class AdviceReport:
         """The advice as rules for :func:`flatwater.paddle.apply_policy`; ``model_dump()`` of it can be kept as YAML.
 
         Args:
-            unshared: what to do about small batches that no devices share: take group norm, as advised, or stay with batch
-                norm and the momentum that averages over more steps, as suits weights that were trained with batch norm.
+            unshared: what to do about small batches that no devices share: take group norm, as advised, or stay with
+                batch norm and the momentum that averages over more steps, as suits weights trained with batch norm.
 
         Raises:
             InputError: ``unshared`` is neither.
