@@ -118,6 +118,21 @@ def test_the_reasons_say_what_was_seen() -> None:
     }
 
 
+class Twice(nn.Layer):
+    """A norm that runs on all samples and then on the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1D(4)
+
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        return self.norm(x).sum() + self.norm(x[:1]).sum() + self.norm(x).sum()
+
+
+def test_the_smallest_batch_of_a_layer_decides() -> None:
+    assert fw.advise(Twice(), inputs=paddle.zeros([32, 4])).layers[0].batch == (1, 1)
+
+
 def test_nothing_is_different_afterwards() -> None:
     model = Network()
     model.train()
