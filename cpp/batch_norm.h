@@ -32,10 +32,22 @@ struct Batch {
         return {c * p.shape.inner, p.shape.outer, p.shape.inner, p.shape.channels * p.shape.inner};
     }
 
-    // From a channel to one that its thread works on later, so that its planes can be on their way.
-    static index later_channel(const Problem &p, index c) {
-        const index ahead = 1 + bytes_ahead / (p.shape.outer * p.shape.inner * index(sizeof(S)));
-        return c + ahead < p.shape.channels ? ahead * p.shape.inner : 0;
+    static index slab_bytes(const Problem &p) { return p.shape.outer * p.shape.inner * index(sizeof(S)); }
+
+    // Whether what a channel writes stays in the second-level cache beside what it reads.
+    static bool outputs_fit(const Problem &p) { return !is_large<S>(p) && slab_bytes(p) <= largest_slab; }
+
+    // Calls body(first, end, later) for channels [first, end) as a task, `later` elements before those that come next
+    // (0: none do): as many as it takes for what is prefetched to arrive, and few enough for every thread to have some.
+    template <class Body>
+    static void each_few_channels(const Problem &p, const Body &body) {
+        const index channels = p.shape.channels;
+        const index together = larger(1, smaller(bytes_together / slab_bytes(p), channels / 32));
+        parallel_for((channels + together - 1) / together, p.shape.elements(), [&](index task) {
+            const index first = task * together;
+            body(first, smaller(channels, first + together),
+                 first + 2 * together <= channels ? together * p.shape.inner : 0);
+        });
     }
 
     FLATWATER_ONE_COPY
@@ -45,7 +57,8 @@ struct Batch {
         const index channels = p.shape.channels, blocks = Blocks<S>(planes(p, 0)).size();
         Scratch<Moments> found(channels * blocks);
         parallel_for(channels * blocks, p.shape.elements(), [&](index i) {
-            found[i] = block_moments(At<S>(p, 0).x, Blocks<S>(planes(p, i / blocks))[i % blocks]);
+            const S *const x = At<S>(p, 0).x;
+            found[i] = block_moments(x, Blocks<S>(planes(p, i / blocks))[i % blocks], x);
         });
         for (index c = 0; c < channels; ++c) {
             Moments all;
@@ -67,14 +80,18 @@ struct Batch {
 
     template <Activation A>
     static void piece_forward(const Problem &p) {
-        parallel_for(p.shape.channels, p.shape.elements(), [&](index c) {
+        each_few_channels(p, [&](index first, index end, index later) {
             const At<S> at(p, 0);
-            const Blocks<S> blocks(planes(p, c));
-            Moments all;
-            for (index b = 0; b < blocks.size(); ++b) add(all, block_moments(at.x, blocks[b]));
-            set_moments(p, c, all);
-            p.inv_std[c] = inverse_deviation(all.m2, all.count, p.epsilon);
-            pieces_apply<S, A>(at, planes(p, c), Affine<T>(channel_of(p, c, c)), is_large<S>(p), later_channel(p, c));
+            for (index c = first; c < end; ++c) {
+                const Blocks<S> blocks(planes(p, c));
+                Moments all;
+                for (index b = 0; b < blocks.size(); ++b)
+                    add(all, block_moments(at.x, blocks[b], outputs_fit(p) ? at.y : at.x + blocks.to_next(b)));
+                set_moments(p, c, all);
+                p.inv_std[c] = inverse_deviation(all.m2, all.count, p.epsilon);
+            }
+            for (index c = first; c < end; ++c)
+                pieces_apply<S, A>(at, planes(p, c), Affine<T>(channel_of(p, c, c)), is_large<S>(p), later);
             finish_streaming();
         });
     }
@@ -91,7 +108,8 @@ struct Batch {
         Scratch<GradientSums> found(channels * blocks);
         parallel_for(channels * blocks, p.shape.elements(), [&](index i) {
             const index c = i / blocks;
-            found[i] = block_sums<S, A>(At<S>(p, 0), Blocks<S>(planes(p, c))[i % blocks], channel_of(p, c, c));
+            const At<S> at(p, 0);
+            found[i] = block_sums<S, A>(at, Blocks<S>(planes(p, c))[i % blocks], channel_of(p, c, c), {at.x, at.dy});
         });
         for (index c = 0; c < channels; ++c) {
             GradientSums all;
@@ -113,15 +131,23 @@ struct Batch {
 
     template <Activation A>
     static void piece_backward(const Problem &p) {
-        parallel_for(p.shape.channels, p.shape.elements(), [&](index c) {
+        each_few_channels(p, [&](index first, index end, index later) {
             const At<S> at(p, 0);
-            const Blocks<S> blocks(planes(p, c));
-            const Channel channel = channel_of(p, c, c);
-            GradientSums all;
-            for (index b = 0; b < blocks.size(); ++b) all.add(block_sums<S, A>(at, blocks[b], channel));
-            set_sums(p, c, all);
-            pieces_gradient<S, A>(at, planes(p, c), Affine<T>(channel), gradient_of(p, c), is_large<S>(p),
-                                  later_channel(p, c));
+            const S *const output = at.dx ? at.dx : at.dresidual;
+            for (index c = first; c < end; ++c) {
+                const Blocks<S> blocks(planes(p, c));
+                const Channel channel = channel_of(p, c, c);
+                GradientSums all;
+                for (index b = 0; b < blocks.size(); ++b) {
+                    const index next = blocks.to_next(b);
+                    const Soon<S> soon = outputs_fit(p) ? Soon<S>{output, at.x} : Soon<S>{at.x + next, at.dy + next};
+                    all.add(block_sums<S, A>(at, blocks[b], channel, soon));
+                }
+                set_sums(p, c, all);
+            }
+            for (index c = first; c < end; ++c)
+                pieces_gradient<S, A>(at, planes(p, c), Affine<T>(channel_of(p, c, c)), gradient_of(p, c),
+                                      is_large<S>(p), later);
             finish_streaming();
         });
     }

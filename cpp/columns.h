@@ -9,8 +9,9 @@
 
 namespace flatwater::FLATWATER_ISA {
 
-// Rows that are worked on together. Squares of deviations are summed over them in float: short_run.
-constexpr index rows_at_once = 4;
+// Rows that are worked on together: where they are summed, and where they are written as well. Squares of deviations
+// are summed over them in float: short_run.
+constexpr index rows_summed = 8, rows_at_once = 4;
 
 // Rows after which the pivot of a column moves to the mean of the rows just done.
 constexpr index pivot_rows = 64;
@@ -65,8 +66,8 @@ struct Block {
     // From an element to one that is worked on bytes_ahead later: whole groups of rows.
     template <class S>
     index ahead() const {
-        const index group = rows_at_once * columns * index(sizeof(S));
-        return (bytes_ahead + group - 1) / group * rows_at_once * stride;
+        const index group = rows_summed * columns * index(sizeof(S));
+        return (bytes_ahead + group - 1) / group * rows_summed * stride;
     }
 };
 
@@ -88,7 +89,7 @@ inline index slots(index columns) {
 template <class Body>
 inline void each_group(index rows, const Body &body) {
     index r = 0;
-    for (; r + rows_at_once <= rows; r += rows_at_once) body.template operator()<rows_at_once>(r);
+    for (; r + rows_summed <= rows; r += rows_summed) body.template operator()<rows_summed>(r);
     for (; r < rows; ++r) body.template operator()<1>(r);
 }
 template <class Body>
@@ -149,7 +150,7 @@ void vector_column_moments(const S *x, const Block &b, double *mean, double *m2)
     using T = typename Element<S>::Compute;
     ColumnMoments<V> moments[tile_columns / Lanes<V>::count];
     const index ahead = b.ahead<S>();
-    static_assert(pivot_rows % short_run == 0 && short_run % rows_at_once == 0);
+    static_assert(pivot_rows % short_run == 0 && short_run % rows_summed == 0);
 
     each_slot<V>(b.columns, [&](index slot, index j) {
         const index rows = smaller(b.rows, short_run);
@@ -215,7 +216,8 @@ inline void put(S *p, const V &value) {
 
 template <class S, class V, Activation A, bool streaming>
 FLATWATER_ONE_COPY
-void vector_columns_apply(const At<S> &at, const Block &b, const Columns<typename Element<S>::Compute> &c) {
+void vector_columns_apply(const At<S> &all, const Block &b, const Columns<typename Element<S>::Compute> &c) {
+    const At<S> at = all;  // a copy: as far as the compiler knows, what it writes could change the caller's
     const index ahead = b.ahead<S>();
     each_group_backwards(b.rows, [&]<index rows>(index r) {  // what was read last is still in cache
         each_slot<V>(b.columns, [&](index, index j) {
@@ -249,8 +251,9 @@ void columns_apply(const At<S> &at, const Block &b, const Columns<typename Eleme
 // Per column: Σdz and Σdz·(x - shift)·inv_std.
 template <class S, class V, Activation A>
 FLATWATER_ONE_COPY
-void vector_columns_sums(const At<S> &at, const Block &b, const Columns<typename Element<S>::Compute> &c,
+void vector_columns_sums(const At<S> &all, const Block &b, const Columns<typename Element<S>::Compute> &c,
                          double *dz_sums, double *dz_xhat_sums) {
+    const At<S> at = all;
     using Wide = typename Lanes<V>::wide;
     constexpr index most = tile_columns / Lanes<V>::count;
     Wide dz_sum[most], dz_xhat_sum[most];
@@ -286,7 +289,8 @@ void columns_sums(const At<S> &at, const Block &b, const Columns<typename Elemen
 
 template <class S, class V, Activation A, bool streaming>
 FLATWATER_ONE_COPY
-void vector_columns_gradient(const At<S> &at, const Block &b, const Columns<typename Element<S>::Compute> &c) {
+void vector_columns_gradient(const At<S> &all, const Block &b, const Columns<typename Element<S>::Compute> &c) {
+    const At<S> at = all;
     const index ahead = b.ahead<S>();
     each_group_backwards(b.rows, [&]<index rows>(index r) {
         each_slot<V>(b.columns, [&](index, index j) {

@@ -45,8 +45,9 @@ struct Group {
     static Moments group_moments(const Problem &p, index i) {
         const index length = group_channels(p) * p.shape.inner;
         const Blocks<S> blocks(Pieces{i * length, 1, length, 0});
+        const S *const x = At<S>(p, 0).x;
         Moments all;
-        for (index b = 0; b < blocks.size(); ++b) all.add(block_moments(At<S>(p, 0).x, blocks[b]));
+        for (index b = 0; b < blocks.size(); ++b) all.add(block_moments(x, blocks[b], x));
         return all;
     }
 
@@ -148,7 +149,7 @@ struct Group {
                 const Blocks<S> blocks(plane(p, i * size + k));
                 const Channel channel = channel_of(p, i, first + k);
                 GradientSums all;
-                for (index b = 0; b < blocks.size(); ++b) all.add(block_sums<S, A>(at, blocks[b], channel));
+                for (index b = 0; b < blocks.size(); ++b) all.add(block_sums<S, A>(at, blocks[b], channel, {at.x, at.dy}));
                 planes[i * size + k] = GradientSums::from_shifted<T>(all, channel);
             }
             if (!p.dx && !p.dresidual) return;

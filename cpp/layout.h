@@ -19,9 +19,15 @@ constexpr index tile_columns = 512;
 // widest kind fits. Smaller ones are columns.
 constexpr index piece_elements = 16;
 
-// How far ahead of where it works a loop asks memory for what it is going to read, at the least, in bytes
-// of one tensor. On its own the processor sees no streams in so many rows, or in jumps from plane to plane.
+// How far ahead of where it works a loop over rows asks memory for what it is going to read, at the least, in
+// bytes of one tensor. On its own the processor sees no streams in so many rows.
 constexpr index bytes_ahead = 8192;
+
+// Short channels-first channels are taken together up to this many bytes of one tensor: half of a first-level cache.
+constexpr index bytes_together = 24 << 10;
+
+// Of one channel and tensor, where the planes to be written are asked for while those that are read are being summed.
+constexpr index largest_slab = 128 << 10;
 
 // A result of this size does not stay in any cache until it is read again.
 constexpr index streaming_bytes = index(16) << 20;
@@ -74,6 +80,9 @@ class Blocks {
         const index first = i * together_;
         return {all_.offset + first * all_.stride, smaller(together_, all_.count - first), all_.length, all_.stride};
     }
+
+    // How far it is from a block to the one after it; 0 from the last.
+    index to_next(index i) const { return i + 1 < size() ? (*this)[i + 1].offset - (*this)[i].offset : 0; }
 
   private:
     Pieces all_;
@@ -163,10 +172,6 @@ template <class S>
 inline void expect(const S *p) {
     __builtin_prefetch(p, 0, 3);
 }
-template <class S>
-inline void expect_write(S *p) {
-    __builtin_prefetch(p, 1, 3);
-}
 
 // The element pointers of a call at one offset, null where the call has none.
 template <class S>
@@ -189,16 +194,11 @@ struct At {
         return other;
     }
 
-    // What is read, and what is written, at i: wanted soon.
+    // What is read at i: wanted soon.
     void expect_inputs(index i) const {
         expect(x + i);
         if (residual) expect(residual + i);
         if (dy) expect(dy + i);
-    }
-    void expect_outputs(index i) const {
-        if (y) expect_write(y + i);
-        if (dx) expect_write(dx + i);
-        if (dresidual) expect_write(dresidual + i);
     }
 
   private:

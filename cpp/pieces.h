@@ -7,9 +7,6 @@
 
 #include "activation.h"
 #include "layout.h"
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
 
 namespace flatwater::FLATWATER_ISA {
 
@@ -134,42 +131,50 @@ struct Deviations {
     double sum, squares;  // Σ(x - pivot) and Σ(x - pivot)²
 };
 
-// The mean of a block as its elements' own precision has it, or 0 where there is no such number.
+// The mean of a block's first sixteenth as its elements' own precision has it, or 0 where there is no such number.
+// Were those elements far from the block's mean, then by a distance that is itself part of m2: at most by 4 deviations.
 template <class S, class V>
 typename Element<S>::Compute block_pivot(const S *x, const Pieces &block) {
     using T = typename Element<S>::Compute;
-    const Rest<V> rest(block.length);
+    constexpr index few = 16, width = Lanes<V>::count;
+    const index count = (block.count + few - 1) / few;
+    const index length = block.count > 1 ? block.length : larger(smaller(block.length, width), block.length / few);
+    const Rest<V> rest(length);
     V sum[4] = {};
-    for (index n = 0; n < block.count; ++n) {
+    for (index n = 0; n < count; ++n) {
         const S *piece = x + n * block.stride;
-        four_ways<V>(0, block.length, [&]<int way>(index i) { sum[way] += fetch<S, V>(piece + i); });
+        four_ways<V>(0, length, [&]<int way>(index i) { sum[way] += fetch<S, V>(piece + i); });
         if (rest.any) sum[3] += rest.only_new(fetch<S, V>(piece + rest.at));
     }
-    const T pivot = T(sum_of_lanes<V>((sum[0] + sum[1]) + (sum[2] + sum[3])) / double(block.elements()));
+    const T pivot = T(sum_of_lanes<V>((sum[0] + sum[1]) + (sum[2] + sum[3])) / double(count * length));
     return pivot - pivot == 0 ? pivot : T(0);
 }
 
-// Calls body<way>(i) for the whole vectors of all pieces, two ways in turn, last(i) for those that are not whole,
-// and flush() before the sums of either way are longer than a short run. i counts from the first piece.
+// Calls body<way>(i) for the whole vectors of all pieces, two ways in turn, last(i) for those that are not whole, which
+// go the second way, and flush() before the sums of either way are longer than a short run. i counts from the first
+// piece.
 template <class V, class Body, class Last, class Flush>
 inline void in_short_runs(const Pieces &block, const Rest<V> &rest, const Body &body, const Last &last,
                           const Flush &flush) {
     constexpr index longest = 2 * short_run * Lanes<V>::count;
-    index pending = 0;
-    for (index n = 0; n < block.count; ++n) {
-        const index piece = n * block.stride;
-        for (index start = 0; start < block.length; start += longest) {
-            const index end = smaller(block.length, start + longest);
-            pending += end - start + (rest.any && end == block.length ? Lanes<V>::count : 0);
-            if (pending > longest) {
-                flush();
-                pending = end - start;
-            }
-            two_ways<V>(piece + start, piece + end, body);
+    const index together = short_run / (block.length / (2 * Lanes<V>::count) + 1);  // pieces in a run
+    for (index n = 0; n < block.count && together == 0; ++n) {
+        const index piece = n * block.stride, end = piece + block.length;
+        for (index start = piece; start < end; start += longest) {
+            two_ways<V>(start, smaller(end, start + longest), body);
+            flush();
         }
         if (rest.any) last(piece + rest.at);
+        flush();
     }
-    flush();
+    for (index done = 0; done < block.count && together > 0; done += together) {
+        const index end = smaller(done + together, block.count);
+        for (index n = done; n < end; ++n) {
+            two_ways<V>(n * block.stride, n * block.stride + block.length, body);
+            if (rest.any) last(n * block.stride + rest.at);
+        }
+        flush();
+    }
 }
 
 // What two ways have summed in the elements' own precision, on its way into a sum in double.
@@ -180,7 +185,7 @@ inline void move_into(typename Lanes<V>::wide &sum, V (&ways)[2]) {
 }
 
 template <class S, class V>
-Deviations<V> block_deviations(const S *x, const Pieces &block, typename Element<S>::Compute pivot) {
+Deviations<V> block_deviations(const S *x, const Pieces &block, typename Element<S>::Compute pivot, const S *soon) {
     typename Lanes<V>::wide first{}, second{};
     const Rest<V> rest(block.length);
     V run_first[2] = {}, run_second[2] = {};
@@ -189,7 +194,11 @@ Deviations<V> block_deviations(const S *x, const Pieces &block, typename Element
         run_second[way] += d * d;
     };
     in_short_runs<V>(
-        block, rest, [&]<int way>(index i) { add(way, fetch<S, V>(x + i) - pivot); },
+        block, rest,
+        [&]<int way>(index i) {
+            expect(soon + i);
+            add(way, fetch<S, V>(x + i) - pivot);
+        },
         [&](index i) { add(1, rest.only_new(fetch<S, V>(x + i) - pivot)); },
         [&] {
             move_into<V>(first, run_first);
@@ -217,56 +226,54 @@ Deviations<V> wide_deviations(const S *x, const Pieces &block, typename Element<
     return {sum_of_doubles(first), sum_of_doubles(second)};
 }
 
-// Two passes: the mean of the block, then deviations from it. A large mean costs no precision.
+// Deviations from a pivot near the block's mean: a large mean costs no precision.
 template <class S, class V>
 FLATWATER_ONE_COPY
-Moments vector_moments(const S *x, const Pieces &block) {
+Moments vector_moments(const S *x, const Pieces &block, const S *soon) {
     const index n = block.elements();
     const auto pivot = block_pivot<S, V>(x, block);
-    Deviations<V> found = block_deviations<S, V>(x, block, pivot);
+    Deviations<V> found = block_deviations<S, V>(x, block, pivot, soon);
     if (!squares_are_exact<typename Element<S>::Compute>(found.squares, n, found.sum == 0))
         found = wide_deviations<S, V>(x, block, pivot);
     return Moments::of_deviations(n, double(pivot), found.sum, found.squares);
 }
 
+// `soon` is another tensor, or another part of x, of which memory is asked for what lies where the block does in x.
 template <class S>
-Moments block_moments(const S *x, const Pieces &block) {
+Moments block_moments(const S *x, const Pieces &block, const S *soon) {
     using E = Element<S>;
-    return block.length < E::width ? vector_moments<S, typename E::Compute>(x + block.offset, block)
-                                   : vector_moments<S, typename E::Vector>(x + block.offset, block);
+    x += block.offset, soon += block.offset;
+    return block.length < E::width ? vector_moments<S, typename E::Compute>(x, block, soon)
+                                   : vector_moments<S, typename E::Vector>(x, block, soon);
 }
 
-// Calls body<V>(i) for vectors that cover a piece, each with the place for what it returns.
+// Calls body(i) for vectors that cover a piece, each with the place for what it returns.
 template <class S, class V, bool streaming, class Body>
-inline void fill_piece(S *out, index length, const Body &body) {
+inline void fill_piece(S *out, index begin, index length, const Body &body) {
     constexpr index width = Lanes<V>::count;
-    index i = 0;
+    const index end = begin + length;
+    index i = begin;
     if constexpr (streaming && width > 1) {
-        const index head = unaligned_head(out);
-        if (head) place_lanes<S, V>(out, body(0), 0, head);
-        for (i = head; i + width <= length; i += width) place_streaming<S, V>(out + i, body(i));
-        if (i < length) place_lanes<S, V>(out + length - width, body(length - width), width - (length - i), width);
+        const index head = unaligned_head(out + begin);
+        if (head) place_lanes<S, V>(out + begin, body(begin), 0, head);
+        for (i = begin + head; i + width <= end; i += width) place_streaming<S, V>(out + i, body(i));
+        if (i < end) place_lanes<S, V>(out + end - width, body(end - width), width - (end - i), width);
     } else {
-        for (; i + width <= length; i += width) place<S, V>(out + i, body(i));
-        if (i < length) place<S, V>(out + length - width, body(length - width));
+        for (; i + width <= end; i += width) place<S, V>(out + i, body(i));
+        if (i < end) place<S, V>(out + end - width, body(end - width));
     }
 }
-
-// Output planes this long are written as a stream that the processor sees for itself.
-constexpr index stream_elements = 512;
 
 // `later` is how far from here lies what is worked on after this: 0 if nothing is.
 template <class S, class V, Activation A, bool streaming>
 FLATWATER_ONE_COPY
 void vector_apply(const At<S> &all, const Pieces &pieces, const Affine<typename Element<S>::Compute> &affine,
                   index later) {
-    const auto f = affine;
-    const index written = pieces.length < stream_elements ? later : 0;
+    const auto f = affine;  // copies: as far as the compiler knows, what it writes could change those of the caller
+    const At<S> at = all;
     for (index n = pieces.count - 1; n >= 0; --n) {  // backwards: what was read last is still in cache
-        const At<S> at = all.plus(pieces.offset + n * pieces.stride);
-        fill_piece<S, V, streaming>(at.y, pieces.length, [=](index i) {
+        fill_piece<S, V, streaming>(at.y, pieces.offset + n * pieces.stride, pieces.length, [=](index i) {
             at.expect_inputs(i + later);
-            if constexpr (!streaming) at.expect_outputs(i + written);
             V z = (fetch<S, V>(at.x + i) - f.shift) * f.scale + f.offset;
             if (at.residual) z += fetch<S, V>(at.residual + i);
             return activate<A, V>(z);
@@ -283,20 +290,34 @@ void pieces_apply(const At<S> &at, const Pieces &pieces, const Affine<typename E
     vector_apply<S, typename E::Vector, A, false>(at, pieces, f, later);
 }
 
+// What a loop asks memory for besides what it reads: two tensors, or other parts of those that it reads.
+template <class S>
+struct Soon {
+    const S *first, *second;
+
+    Soon plus(index offset) const { return {first + offset, second + offset}; }
+    void expect(index i) const {
+        flatwater::FLATWATER_ISA::expect(first + i);
+        flatwater::FLATWATER_ISA::expect(second + i);
+    }
+};
+
 // Σdz and Σdz·(x - shift)·inv_std of a block.
 template <class S, class V, Activation A>
 FLATWATER_ONE_COPY
-GradientSums vector_sums(const At<S> &all, const Pieces &block, const Channel &channel) {
+GradientSums vector_sums(const At<S> &all, const Pieces &block, const Channel &channel, const Soon<S> &wanted) {
     using T = typename Element<S>::Compute;
     const Affine<T> f(channel);
     const T inv_std = T(channel.inv_std);
     const Rest<V> rest(block.length);
     const At<S> at = all.plus(block.offset);
+    const Soon<S> soon = wanted.plus(block.offset);
     typename Lanes<V>::wide dz_sum{}, dz_xhat_sum{};
     V sum[2] = {}, product[2] = {};
     in_short_runs<V>(
         block, rest,
         [&]<int way>(index i) {
+            soon.expect(i);
             V shifted;
             const V dz = gradient_at<S, V, A>(at, i, f, shifted);
             sum[way] += dz;
@@ -316,10 +337,10 @@ GradientSums vector_sums(const At<S> &all, const Pieces &block, const Channel &c
 }
 
 template <class S, Activation A>
-GradientSums block_sums(const At<S> &at, const Pieces &block, const Channel &channel) {
+GradientSums block_sums(const At<S> &at, const Pieces &block, const Channel &channel, const Soon<S> &soon) {
     using E = Element<S>;
-    return block.length < E::width ? vector_sums<S, typename E::Compute, A>(at, block, channel)
-                                   : vector_sums<S, typename E::Vector, A>(at, block, channel);
+    return block.length < E::width ? vector_sums<S, typename E::Compute, A>(at, block, channel, soon)
+                                   : vector_sums<S, typename E::Vector, A>(at, block, channel, soon);
 }
 
 template <class S, class V, Activation A, bool streaming>
@@ -328,22 +349,21 @@ void vector_gradient(const At<S> &all, const Pieces &pieces, const Affine<typena
                      const Gradient<typename Element<S>::Compute> &gradient, index later) {
     const auto f = affine;
     const auto g = gradient;
-    const index written = pieces.length < stream_elements ? later : 0;
+    const At<S> at = all;
     for (index n = pieces.count - 1; n >= 0; --n) {
-        const At<S> at = all.plus(pieces.offset + n * pieces.stride);
+        const index piece = pieces.offset + n * pieces.stride;
         const auto gradient = [=](index i, V &shifted) {
             at.expect_inputs(i + later);
-            if constexpr (!streaming) at.expect_outputs(i + written);
             return gradient_at<S, V, A>(at, i, f, shifted);
         };
         if (!at.dx) {
-            fill_piece<S, V, streaming>(at.dresidual, pieces.length, [=](index i) {
+            fill_piece<S, V, streaming>(at.dresidual, piece, pieces.length, [=](index i) {
                 V shifted;
                 return gradient(i, shifted);
             });
             continue;
         }
-        fill_piece<S, V, streaming>(at.dx, pieces.length, [=](index i) {
+        fill_piece<S, V, streaming>(at.dx, piece, pieces.length, [=](index i) {
             V shifted;
             const V dz = gradient(i, shifted);
             if (at.dresidual) place<S, V>(at.dresidual + i, dz);
