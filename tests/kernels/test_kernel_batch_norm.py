@@ -34,6 +34,10 @@ LAYOUTS = pytest.mark.parametrize("channels_last", [False, True], ids=["NCL", "N
 EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES)
 EVERY_ACTIVATION = pytest.mark.parametrize("activation", ACTIVATIONS)
 
+# Channels so short that a task takes several, the last task fewer; and channels too long for their outputs to be
+# fetched in time, though the tensor is not written past the caches.
+TASKS = ((2, 133, 49), (40, 8, 1000))
+
 cases = st.builds(
     make_case,
     st.tuples(st.integers(1, 5), st.integers(1, 70), st.integers(1, 70)),
@@ -74,10 +78,18 @@ def test_tensors_beyond_every_cache(channels_last: bool) -> None:
     check_backward(case, offset=7)
 
 
+@pytest.mark.parametrize("shape", TASKS, ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_channels_as_tasks(dtype: str, shape: tuple[int, int, int]) -> None:
+    case = make_case(shape, dtype, activation="hardswish", residual=True)
+    check_forward(case)
+    check_backward(case)
+
+
 @EVERY_DTYPE
 @LAYOUTS
 def test_two_halves_make_a_whole_bit_for_bit(channels_last: bool, dtype: str) -> None:
-    for shape, residual in product(SHAPES, [False, True]):
+    for shape, residual in product((*SHAPES, *TASKS), [False, True]):
         case = make_case(shape, dtype, channels_last=channels_last, activation="relu6", residual=residual)
         whole, moments = forward(case)
         mean, m2 = like(moments.mean), like(moments.m2)

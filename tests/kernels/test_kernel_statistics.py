@@ -72,6 +72,21 @@ def test_everything_built_on_them_is_right_too(shape, dtype: str, channels_last:
 
 
 @LAYOUTS
+@pytest.mark.parametrize("share", [64, 16, 2])
+@pytest.mark.parametrize("shape", [(8, 3, 56 * 56), (32, 16, 49), (16, 4, 299)], ids=str)
+def test_a_beginning_far_from_the_rest(shape: tuple[int, int, int], share: int, channels_last: bool) -> None:
+    """The pivot is taken from the first elements of a block; here they say nothing of the others."""
+    x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    planes = np.moveaxis(x, 1, 0).reshape(shape[1], -1).copy()
+    planes[:, : planes.shape[1] // share] += RATIO
+    x = np.ascontiguousarray(np.moveaxis(planes.reshape(shape[1], shape[0], shape[2]), 0, 1))
+    mean_error, variance_error = largest_errors(*own(x, channels_last), reference.batch_statistics(x))
+    # Deviations from the pivot are up to 4 standard deviations larger than from the mean, their squares up to 16 times.
+    assert mean_error <= 4 * 2.0**-24
+    assert variance_error <= 16 * 2.0**-24
+
+
+@LAYOUTS
 def test_groups_too(channels_last: bool) -> None:
     case = make_case((4, 8, 300), channels_last=channels_last, activation="swish", center=RATIO, groups=2)
     check_forward(case)
