@@ -7,13 +7,15 @@ too, in what that convolution now writes; one that was folded into what reads it
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import bisect
+import functools
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from flatwater.inspection import Linear, Norm
+from flatwater.inspection import Graph, Linear, Norm
 from flatwater.verify.compare import difference
 from flatwater.verify.forms import Arrays, Form, Inside, Look, Written
 from flatwater.verify.report import Divergence
@@ -72,7 +74,8 @@ def find_divergence(form: Form, written: Sequence[Written], inputs: Arrays, tole
 
     First in its file as it stands. If that computes all the norms, the form's own optimisation is at fault, and the
     first norm that it moves is found by bisection: one tensor more is returned in each run, as all of them together
-    would keep a runtime from the fusions that are wrong.
+    would keep a runtime from the fusions that are wrong. Of several that are wrong in branches beside each other, one
+    is found.
 
     Args:
         form: the form.
@@ -119,14 +122,45 @@ def _twin(one: Written, values: Mapping[str, _Array], tolerance: float) -> tuple
 
 
 def _first_moved(inside: Inside, twins: Sequence[tuple[str, _Array]], inputs: Arrays, tolerance: float) -> int:
-    """The index of the first tensor that is off in the form, ``len(twins)`` if none is."""
-    agreeing, moved = -1, len(twins)
-    while moved - agreeing > 1:
-        middle = (agreeing + moved) // 2
-        name, expected = twins[middle]
+    """The index of a tensor that is off in the form while all that it is computed from are not.
+
+    ``len(twins)`` if that is none of them, but only what is behind them. Bisection takes it for granted that what
+    follows a tensor that is off is off too, which does not hold from one branch to another. So from the tensor that it
+    ends at, those of other branches that it is computed from are looked at as well.
+    """
+    places = {name: index for index, (name, _) in enumerate(twins)}
+    results = inside.graph.results
+
+    @functools.cache
+    def moved(index: int) -> bool:
+        name, expected = twins[index]
         (actual,) = inside.load([name])(inputs)
-        if difference(expected, actual).max_rel > tolerance:
-            moved = middle
+        return difference(expected, actual).max_rel > tolerance
+
+    first = bisect.bisect_left(range(len(twins)), True, key=moved)
+    while True:
+        if first == len(twins):
+            returned = {places[name] for name in results & places.keys()}
+            before = sorted(returned.union(_nearest(inside.graph, results, places)))
         else:
-            agreeing = middle
-    return moved
+            before = _nearest(inside.graph, {twins[first][0]}, places)
+        earlier = next(filter(moved, before), None)
+        if earlier is None:
+            return first
+        first = earlier
+
+
+def _nearest(graph: Graph, tensors: Collection[str], places: Mapping[str, int]) -> list[int]:
+    """The places of what ``tensors`` are computed from, as far back as the first of them on each way."""
+    found = set()
+    seen = set(tensors)
+    waiting = list(tensors)
+    while waiting:
+        writer = graph.writer(waiting.pop())
+        for name in writer.reads if writer is not None else ():
+            if name in places:
+                found.add(places[name])
+            elif name not in seen:
+                seen.add(name)
+                waiting.append(name)
+    return sorted(found)
