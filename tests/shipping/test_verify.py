@@ -17,7 +17,7 @@ from flatwater.errors import CheckpointError, InputError, SurgeryError
 from flatwater.paddle.shipping.export import export
 from flatwater.paddle.shipping.verify import verify
 from flatwater.rounding import shaken
-from flatwater.verify import Arrays, Form, Run, compare_forms, difference, largest_difference, resize_batch
+from flatwater.verify import Arrays, Form, Run, Written, compare_forms, difference, largest_difference, resize_batch
 
 IMAGE = [InputSpec([None, 3, 8, 8], "float32", "image")]
 INF = float("inf")
@@ -184,7 +184,15 @@ def test_rounding_that_a_model_multiplies_is_told_from_what_is_wrong(rounds: int
     # The same in another order: rounded otherwise.
     form = Form("rounded", lambda: lambda inputs: logistic(rounds - 1)([4 * inputs[0] - 4 * inputs[0] ** 2]))
     wrong = Form("wrong", lambda: lambda inputs: logistic(rounds - 1)(logistic(1)([inputs[0] * np.float32(1.01)])))
-    report = compare_forms(logistic(rounds), [form, wrong], [x], batch_sizes=[3], tolerance=1e-4, adapt=True)
+    looked: list[Arrays] = []
+
+    def look(inputs: Arrays) -> list[Written]:
+        looked.append(inputs)
+        return []
+
+    report = compare_forms(logistic(rounds), [form, wrong], [x], batch_sizes=[3], tolerance=1e-4, adapt=True, look=look)
+    # Where nothing is proven, no layer is to blame.
+    assert bool(looked) == (rounds < 60)
     assert [row.passed for row in report.rows] == [passes, False]
     assert (report.noise is not None) == noisy
     words = {True: "may be off by 8 times that", False: "prove nothing"}[passes]
