@@ -206,39 +206,43 @@ def test_an_optimiser_is_looked_into_one_tensor_at_a_time(wrong: int) -> None:
 
 
 class Branches(Chain):
-    """The same norms in two branches, the even and the odd ones, and perhaps a sum behind both; one branch is off."""
+    """The same norms in branches, one after the other in each, and perhaps a sum of all; one branch is off."""
 
-    def __init__(self, wrong: int, summed: bool = True) -> None:
+    def __init__(self, wrong: int, width: int, summed: bool) -> None:
         super().__init__(wrong)
-        self.summed = summed
+        self.width, self.summed = width, summed
 
     def _inside(self) -> Inside:
         operations = [
-            Operation(f"norm {index}", "norm", (f"y{index - 2}",), (name,), Norm("batch_norm", "", (), None, None))
+            Operation(
+                f"norm {index}", "norm", (f"y{index - self.width}",), (name,), Norm("batch_norm", "", (), None, None)
+            )
             for index, name in enumerate(TENSORS)
         ]
+        ends = TENSORS[-self.width :]
         if self.summed:
-            operations.append(Operation("sum", "add", ("y38", "y39"), ("z",)))
-        return super()._inside()._replace(graph=Graph(operations, [], ["z"] if self.summed else ["y38", "y39"]))
+            operations.append(Operation("sum", "add", tuple(ends), ("z",)))
+        return super()._inside()._replace(graph=Graph(operations, [], ["z"] if self.summed else ends))
 
     def _load(self, names: Sequence[str], *, optimised: bool) -> Run:
         self.loaded.append(names)
 
         def run(inputs: Arrays) -> Arrays:
             indices = [int(name[1:]) for name in names]
-            wrong = [optimised and index >= self.wrong and (index - self.wrong) % 2 == 0 for index in indices]
+            wrong = [optimised and index >= self.wrong and (index - self.wrong) % self.width == 0 for index in indices]
             return [inputs[0] + index + 0.5 * off for index, off in zip(indices, wrong, strict=True)]
 
         return run
 
 
 @pytest.mark.parametrize("summed", [True, False])
-@pytest.mark.parametrize("wrong", [0, 1, 16, 17, 37, 38, 39])
-def test_an_optimiser_that_is_wrong_in_one_of_two_branches(wrong: int, summed: bool) -> None:
+@pytest.mark.parametrize("width", [2, 3, COUNT])
+@pytest.mark.parametrize("wrong", [0, 1, 16, 17, 33, 37, 38, 39])
+def test_an_optimiser_that_is_wrong_in_one_of_several_branches(wrong: int, width: int, summed: bool) -> None:
     inputs = [np.ones((2, 3))]
-    look = look_inside(Branches(COUNT).form())
+    look = look_inside(Branches(COUNT, width, summed).form())
     assert look is not None
-    found = find_divergence(Branches(wrong, summed).form(), look(inputs), inputs, 1e-4)
+    found = find_divergence(Branches(wrong, width, summed).form(), look(inputs), inputs, 1e-4)
     assert found is not None
     assert found.layer == f"norm {wrong}"
 

@@ -213,6 +213,12 @@ def test_the_page_is_self_contained_and_says_what_is_wrong(monkeypatch: pytest.M
     assert "99.9%" in text
     assert not re.search(r"https?:|<script|url\(|@import", page)
     assert "Every form agrees" in verify_page(VerifyReport(rows[:1]), "model")
+    noisy = VerifyReport(rows[:1], noise=1e-3)
+    assert "<p>The model multiplies rounding, and moves by 1.0e-03" in verify_page(noisy, "model")
+    assert "prove nothing" in verify_page(VerifyReport(rows[:1], noise=float("inf")), "model")
+    assert VerifyReport(rows[:1], noise=float("inf")).as_dict()["noise"] is None
+    assert "there is none" in str(VerifyReport([]))
+    assert "Not to be shipped" in verify_page(VerifyReport(rows[:1], findings=[Finding("layer", "is wrong")]), "model")
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(BackendError, match="jinja2 is not installed"):
         verify_page(VerifyReport(rows), "model")

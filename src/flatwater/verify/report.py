@@ -108,7 +108,7 @@ class VerifyReport:
             "reference": self.reference,
             "rows": [asdict(row) for row in self.rows],
             "findings": [finding._asdict() for finding in self.findings],
-            "noise": self.noise,
+            "noise": self.noise if self.noise is not None and math.isfinite(self.noise) else None,
             "diverging": None if self.diverging is None else self.diverging._asdict(),
         }
 
