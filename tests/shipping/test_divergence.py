@@ -206,7 +206,7 @@ def test_an_optimiser_is_looked_into_one_tensor_at_a_time(wrong: int) -> None:
 
 
 class Branches(Chain):
-    """The same norms in branches, one after the other in each, and perhaps a sum of all; one branch is off."""
+    """Norms and activations in branches, one after the other in each, and perhaps a sum of all; one branch is off."""
 
     def __init__(self, wrong: int, width: int, summed: bool) -> None:
         super().__init__(wrong)
@@ -215,10 +215,11 @@ class Branches(Chain):
     def _inside(self) -> Inside:
         operations = [
             Operation(
-                f"norm {index}", "norm", (f"y{index - self.width}",), (name,), Norm("batch_norm", "", (), None, None)
+                f"norm {index}", "norm", (f"r{index - self.width}",), (name,), Norm("batch_norm", "", (), None, None)
             )
             for index, name in enumerate(TENSORS)
         ]
+        operations += [Operation(f"relu {name}", "relu", (name,), (f"r{name[1:]}",)) for name in TENSORS]
         ends = TENSORS[-self.width :]
         if self.summed:
             operations.append(Operation("sum", "add", tuple(ends), ("z",)))
