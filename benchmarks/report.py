@@ -47,14 +47,21 @@ def kernels(result: Result) -> list[RenderableType]:
         table = _table(f"Kernels alone, {layout}: forward + backward / floor, float32", "shape", "MB", "floor\nms")
         for activation, residual in variants:
             _right(table, f"{activation}\n+ residual" if residual else activation)
+        plain = [activation for activation, residual in variants if not residual]
+        streamed = "relu" if "relu" in plain else plain[0] if plain else None
+        if streamed:
+            _right(table, f"{streamed} /\nstreaming")
         for shape in _unique(row["shape"] for row in rows):
             found = {(row["activation"], row["residual"]): row for row in rows if row["shape"] == shape}
             first = next(iter(found.values()))
             cells = [_kernel_ratio(found[variant]) for variant in variants]
+            if streamed:
+                cells.append(f"{found[streamed, False]['streaming']['median']:.2f}")
             floor = first["floor"]["median"] / first["copies"] * 2.5
             table.add_row(shape, f"{first['megabytes']:.1f}", f"{floor:.3g}", *cells)
         table.caption = (
-            "the floor shown is 2.5 copies; with a residual it is 3.5 (none) or 4 (relu, hardswish)\n" + _busy(result)
+            "the floor shown is 2.5 copies; with a residual it is 3.5 (none) or 4 (relu, hardswish)\n"
+            "streaming: five passes over the same four tensors instead of copies of two\n" + _busy(result)
         )
         tables.append(table)
 
@@ -62,13 +69,18 @@ def kernels(result: Result) -> list[RenderableType]:
     for heading in ("how\nmany", "geometric\nmean", "worst", "limit"):
         _right(table, heading)
     table.add_column("worst at", no_wrap=True)
+    for heading in ("streaming\nmean", "\nworst"):
+        _right(table, heading)
     for summary in result["summaries"]:
         size = "≥ 25 MB" if summary["size"] == "large" else "1–25 MB"
         what = summary["what"] if summary["dtype"] == "float32" else "bfloat16 / float32"
         limit = "" if summary["limit"] is None else f"{summary['limit']:.2f}"
         figures = f"{summary['tensors']}", f"{summary['geometric_mean']:.2f}"
         worst = _mark(f"{summary['worst']:.2f}", missed=summary["holds"] is False)
-        table.add_row(size, summary["layout"], what, *figures, worst, limit, summary["worst_shape"])
+        streaming = [
+            "" if summary[key] is None else f"{summary[key]:.2f}" for key in ("streaming_mean", "streaming_worst")
+        ]
+        table.add_row(size, summary["layout"], what, *figures, worst, limit, summary["worst_shape"], *streaming)
     return _pages(*tables, table)
 
 

@@ -197,7 +197,7 @@ def ratios(median: float) -> timing.Quartiles:
 def test_what_misses_its_limit_is_marked_and_nothing_else() -> None:
     def row(shape: str, size: str, activation: str, ratio: float) -> kernels.Row:
         given = (("a model",), size, 30.0, "NCHW", activation, False, "float32", 2.5, ratios(2.0), ratios(2 * ratio))
-        return kernels.Row(shape, *given, ratios(ratio))
+        return kernels.Row(shape, *given, ratios(ratio), ratios(ratio / 2))
 
     rows = [row("1x2x3x4", "large", "relu", 1.2), row("5x6x7x8", "small", "relu", 2.5), row("9", "tiny", "relu", 7.0)]
     summaries = [asdict(summary) | {"holds": summary.holds} for summary in kernels.summarize(rows)]
