@@ -14,6 +14,7 @@ import flatwater.paddle as fw
 from flatwater.errors import ConfigError
 from flatwater.recipes.ocr import config, train
 from flatwater.recipes.ocr.data import DataSource
+from flatwater.recipes.ocr.ranks import World
 from flatwater.recipes.ocr.model import Recognizer, build
 
 SETTINGS = """
@@ -89,7 +90,7 @@ def test_a_stopped_run_freezes_as_one_that_never_stopped(tmp_path: Path, checkpo
 def test_weight_decay_reaches_only_what_the_policy_leaves_it(tmp_path: Path) -> None:
     text = SETTINGS.replace("train: {", "optimizer: {weight_decay: 0.5}\ntrain: {")
     settings = settings_of(tmp_path, text)
-    training = train._Training(settings, tmp_path, DataSource(settings), resume=False, on_step=None)
+    training = train._Training(settings, tmp_path, DataSource(settings), World(), resume=False, on_step=None)
     decays = training.optimizer._apply_decay_param_fun
     assert not decays(training.model.neck.bn.weight.name)
     assert decays(training.model.backbone[1].bn.weight.name)

@@ -37,6 +37,7 @@ class Host:
         libc_version: its version, empty where unknown.
         allocator: the preloaded library that replaces its ``malloc``, empty if there is none.
         mkl: the file of an MKL that reads MKL_DEBUG_CPU_TYPE, empty if there is none.
+        ranks: how many processes Paddle's launcher started on this host, which share its processors.
     """
 
     vendor: str = ""
@@ -50,6 +51,7 @@ class Host:
     libc_version: str = ""
     allocator: str = ""
     mkl: str = ""
+    ranks: int = 1
 
     @classmethod
     def look(cls, root: Path = Path("/"), environment: Mapping[str, str] = os.environ) -> Host:
@@ -70,6 +72,7 @@ class Host:
             libc_version=version,
             allocator=_allocator(root, environment),
             mkl=old_mkl(),
+            ranks=max(1, int(environment.get("PADDLE_LOCAL_SIZE", "1") or 1)),
         )
 
 

@@ -149,7 +149,9 @@ def _threads(host: Host) -> Decision:
     reason = "one a processor; Paddle takes 1"
     if host.processors < host.bound_to:
         reason = f"a control group limits {host.bound_to} processors to {host.processors}"
-    return Decision("OMP_NUM_THREADS", str(host.processors), reason)
+    if host.ranks > 1:
+        reason = f"{host.ranks} ranks share {host.processors} processors"
+    return Decision("OMP_NUM_THREADS", str(max(1, host.processors // host.ranks)), reason)
 
 
 def _mkl(host: Host) -> Decision:

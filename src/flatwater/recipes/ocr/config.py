@@ -54,7 +54,9 @@ class ModelConfig(_Section):
 class NormConfig(_Section):
     """The layer between each convolution and its activation."""
 
-    kind: Literal["batch_norm", "group_norm", "instance_norm", "none"] = "batch_norm"
+    kind: Literal["batch_norm", "sync_batch_norm", "group_norm", "instance_norm", "auto", "none"] = "batch_norm"
+    """``auto``: what :func:`flatwater.paddle.advise` makes of a rank's share of the smallest batch. Ranks that train
+    ``sync_batch_norm`` share their statistics; of one process it is batch norm."""
     momentum: float = Field(default=0.9, ge=0, le=1)
     """Batch norm: the share of the old running statistics that each step keeps."""
     epsilon: float = Field(default=1e-5, gt=0)
@@ -62,6 +64,11 @@ class NormConfig(_Section):
     """Group norm only; must divide every number of channels."""
     rules: tuple[Rule, ...] = ()
     """A policy that goes over all this, layer by layer; see :mod:`flatwater.policy`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _kind_alone(cls, value: Any) -> Any:
+        return {"kind": value} if isinstance(value, str) else value  # norm=sync_batch_norm
 
     @model_validator(mode="after")
     def _rules_can_be_followed(self) -> NormConfig:
@@ -104,7 +111,7 @@ class TrainConfig(_Section):
 
     steps: int = Field(default=700, ge=1)
     batch_characters: int = Field(default=256, ge=8)
-    """A batch of short lines holds more of them, so that each step costs about the same."""
+    """Of a step's batch, on all ranks together. One of short lines holds more of them, so that steps cost the same."""
     alignment: float = Field(default=0.8, ge=0, le=1)
     """The share of all steps in which rendered lines also teach where each character stands; see ``train``."""
     log_every: int = Field(default=10, ge=1)
@@ -176,6 +183,15 @@ class Config(_Section):
         if self.norm.kind == "group_norm" and any(width % self.norm.groups for width in widths):
             raise ValueError(f"norm.groups={self.norm.groups} must divide every number of channels {list(widths)}")
         return self
+
+    def batch_lines(self, longest: int) -> int:
+        """How many lines of at most so many characters make a batch."""
+        return max(2, self.train.batch_characters // longest)
+
+    @property
+    def smallest_batch(self) -> int:
+        """Lines of a batch of the longest."""
+        return self.batch_lines(self.data.max_length)
 
     def to_yaml(self) -> str:
         """The whole configuration, defaults included; :func:`load` reads it back."""

@@ -51,6 +51,12 @@ class Batch(NamedTuple):
     label_lengths: npt.NDArray[np.int64]
     alignment: npt.NDArray[np.int64] | None
 
+    def lines(self, chosen: slice) -> Batch:
+        """Some of the lines, as wide as they are here."""
+        alignment = None if self.alignment is None else self.alignment[chosen]
+        images, frames, labels, lengths, _ = self
+        return Batch(images[chosen], frames[chosen], labels[chosen], lengths[chosen], alignment)
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -133,7 +139,7 @@ class DataSource:
 
     def _rendered_batch(self, generator: np.random.Generator) -> Batch:
         longest = int(generator.integers(self._data.min_length, self._data.max_length + 1))
-        count = max(2, self._config.train.batch_characters // longest)
+        count = self._config.batch_lines(longest)
         texts = [self.corpus.training_line(generator, longest) for _ in range(count)]
         lines = render(texts, self._drawn, self._fonts, self._data.sizes, generator, WIDTH_MULTIPLE)
         images = [normalize(pixels[:, :width])[None] for pixels, width in zip(lines.pixels, lines.widths, strict=True)]
@@ -141,7 +147,7 @@ class DataSource:
         return _batch(pad(images, WIDTH_MULTIPLE), lines.widths, encoded, _align(lines, encoded))
 
     def _labelled_batch(self, generator: np.random.Generator) -> Batch:
-        count = min(len(self._labelled), max(2, self._config.train.batch_characters // self._data.max_length))
+        count = min(len(self._labelled), self._config.smallest_batch)
         chosen = [self._labelled[i] for i in generator.choice(len(self._labelled), count, replace=False)]
         lines = [sample.image() for sample in chosen]
         widths = np.array([line.shape[-1] for line in lines], np.int64)

@@ -31,8 +31,10 @@ from flatwater.recipes.ocr import config as configs
 from flatwater.recipes.ocr import report, results
 from flatwater.recipes.ocr.data import WIDTH_MULTIPLE, DataSource, Sample
 from flatwater.recipes.ocr.evaluate import Evaluation, evaluate
+from flatwater.recipes.ocr.interruption import interruption
 from flatwater.recipes.ocr.model import Recognizer, build
 from flatwater.recipes.ocr.preprocess import HEIGHT, pad
+from flatwater.recipes.ocr.ranks import World
 from flatwater.recipes.ocr.read import Reader, write_meta
 from flatwater.recipes.ocr.train import CHECKPOINT, train
 from flatwater.verify import VerifyReport
@@ -57,6 +59,9 @@ def run(path: Path | None, overrides: Sequence[str], folder: Path, *, resume: bo
         folder: where everything goes. A former run in it is replaced.
         resume: go on from the folder's checkpoint instead.
 
+    Where Paddle's launcher started several processes, all of them train, and rank 0 alone writes and reports; with
+    more than one host, ``folder`` is on a file system that they share, if the run is to be resumed.
+
     Returns:
         Whether it came to its end; not if Ctrl-C ended training, which can then be resumed.
 
@@ -64,36 +69,52 @@ def run(path: Path | None, overrides: Sequence[str], folder: Path, *, resume: bo
         FlatwaterError: see its subclasses; what can be checked is checked before anything is written.
         OSError: something could not be written.
     """
-    console = Console()
     if resume and not (folder / CHECKPOINT).is_file():
         raise CheckpointError(f"{folder / CHECKPOINT}: is not there, so no run can be gone on with; leave out --resume")
     if resume and path is None:
         path = folder / "config.yaml"
     config = configs.load(path, overrides)
+    world = World.join(config)
     data = DataSource(config)
-    _, policy = build(config, data.alphabet.classes)  # trained is another; here for its errors, and to be shown
+    _, policy = build(config, data.alphabet.classes, world.size)  # trained is another; this is to be shown, or refused
+    if not world.first:
+        return train(config, folder, data, resume=resume, console=Console(quiet=True), world=world).completed
+    console = Console()
     if not resume:  # a run that is gone on with keeps its configuration: training refuses another
         _clear(folder)
         write_whole(folder / "config.yaml", config.to_yaml())
+    batch = results.Batch.of(config, world.size)
     console.print(
         f"[bold]{len(data.alphabet)} characters[/], {config.train.steps} steps, "
         f"norm {config.norm.kind}, seed {config.seed} → {folder}",
         highlight=False,
     )
+    if world.size > 1:
+        console.print(str(batch), highlight=False)
     if policy is not None:
         console.print(str(policy), highlight=False, markup=False, soft_wrap=True)
 
     clock = _Clock(console)
-    with clock.phase("training"):
-        monitor = _Monitor(folder / "norms.json", every=config.train.monitor_every, resume=resume)
-        watch = None if config.norm.kind == "none" else monitor.watch
-        trained = train(config, folder, data, resume=resume, console=console, on_step=watch)
-        monitor.save()
-        results.save(folder / "history.json", trained.history)
-    if not trained.completed:
-        report.write(folder)
-        console.print(f"stopped; go on with: flatwater ocr train --resume --output {folder}", highlight=False)
-        return False
+    with interruption() as interrupted:
+        with clock.phase("training"):
+            monitor = _Monitor(folder / "norms.json", every=config.train.monitor_every, resume=resume)
+            watch = None if config.norm.kind == "none" else monitor.watch
+            trained = train(
+                config,
+                folder,
+                data,
+                resume=resume,
+                console=console,
+                on_step=watch,
+                world=world,
+                interrupted=interrupted,
+            )
+            monitor.save()
+            results.save(folder / "history.json", trained.history)
+        if not trained.completed:
+            report.write(folder)
+            console.print(f"stopped; go on with: flatwater ocr train --resume --output {folder}", highlight=False)
+            return False
 
     with clock.phase("evaluation"):
         seen_samples = data.test_set()
@@ -104,7 +125,7 @@ def run(path: Path | None, overrides: Sequence[str], folder: Path, *, resume: bo
         console.print(_export(trained.model, folder, seen_samples, data.alphabet.characters))
     with clock.phase("reading samples"):
         _read(folder, seen_samples, unseen_samples)
-    _save_metrics(folder, seen, unseen, clock.seconds)
+    _save_metrics(folder, seen, unseen, batch, clock.seconds)
     page = report.write(folder)
     _summarise(console, folder, page, seen, unseen, clock.seconds)
     return True
@@ -209,7 +230,9 @@ def _read(folder: Path, seen: Sequence[Sample], unseen: Sequence[Sample]) -> Non
     )
 
 
-def _save_metrics(folder: Path, seen: Evaluation, unseen: Evaluation | None, seconds: dict[str, float]) -> None:
+def _save_metrics(
+    folder: Path, seen: Evaluation, unseen: Evaluation | None, batch: results.Batch, seconds: dict[str, float]
+) -> None:
     metrics = results.Metrics(
         char_accuracy=seen.char_accuracy,
         char_accuracy_unseen_font=None if unseen is None else unseen.char_accuracy,
@@ -217,6 +240,7 @@ def _save_metrics(folder: Path, seen: Evaluation, unseen: Evaluation | None, sec
         line_accuracy_unseen_font=None if unseen is None else unseen.line_accuracy,
         test_lines=seen.lines,
         distinct_characters=seen.distinct_characters,
+        batch=batch,
         seconds=seconds | {"total": sum(seconds.values())},
         environment=_environment(),
     )

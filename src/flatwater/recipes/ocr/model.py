@@ -24,7 +24,7 @@ from paddle import nn
 
 import flatwater.paddle as fw
 from flatwater.paddle.policy.applied import AppliedPolicy
-from flatwater.policy import Policy
+from flatwater.policy import Policy, Rule
 from flatwater.recipes.ocr.config import Config, ModelConfig, NormConfig
 from flatwater.recipes.ocr.preprocess import HEIGHT
 
@@ -56,19 +56,29 @@ class Recognizer(nn.Layer):
         return self.head(features.squeeze(2).transpose([0, 2, 1]))
 
 
-def build(config: Config, classes: int) -> tuple[Recognizer, AppliedPolicy | None]:
-    """The recogniser with the norms that ``norm.rules`` make of it, and what is still to come of them; None without.
+def build(config: Config, classes: int, ranks: int = 1) -> tuple[Recognizer, AppliedPolicy | None]:
+    """The recogniser with the norms that ``norm`` makes of it, and what is still to come of its rules; None without.
+
+    Args:
+        config: what to build.
+        classes: CTC's blank among them.
+        ranks: that share a batch.
 
     Raises:
         ConfigError: a rule matches nothing, or asks for what the layers have not.
     """
     model = Recognizer(config.model, config.norm, classes)
-    if not config.norm.rules:
+    if config.norm.kind == "sync_batch_norm":
+        fw.convert_sync_batchnorm(model)
+    rules = config.norm.rules
+    if config.norm.kind == "auto":
+        rules = (Rule.model_validate({"norm": "auto"}), *rules)
+    if not rules:
         return model, None
-    # A batch of the longest lines, which is the smallest: for rules that look at it.
-    lines = max(2, config.train.batch_characters // config.data.max_length)
+    # A rank's share of a batch of the longest lines, which is the smallest: for rules that look at it.
+    lines = config.smallest_batch // ranks
     images = paddle.zeros([lines, 1, HEIGHT, max(config.data.sizes) * config.data.max_length])
-    return model, fw.apply_policy(model, Policy(rules=config.norm.rules), inputs=images)
+    return model, fw.apply_policy(model, Policy(rules=rules), inputs=images, world_size=ranks)
 
 
 def _block(
@@ -79,10 +89,10 @@ def _block(
     stride: int | Sequence[int] = 1,
     padding: int | Sequence[int] = 1,
 ) -> nn.Layer:
-    """Convolution, norm, ReLU: a ConvBNLayer where the norm is batch norm."""
+    """Convolution, norm, ReLU: a ConvBNLayer where the norm is batch norm, or becomes what it is to be later."""
     # He's initialization for what ReLU leaves; Paddle's default deviates with the size of the *output*.
     weight = paddle.ParamAttr(initializer=nn.initializer.KaimingNormal())
-    if norm.kind == "batch_norm":
+    if norm.kind in ("batch_norm", "sync_batch_norm", "auto"):
         return fw.ConvBNLayer(
             in_channels,
             out_channels,

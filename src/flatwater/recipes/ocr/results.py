@@ -30,8 +30,10 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from flatwater.errors import DataError
 from flatwater.files import write_whole
+from flatwater.recipes.ocr.config import Config
 
 __all__ = [
+    "Batch",
     "Distribution",
     "Evaluation",
     "Fold",
@@ -55,6 +57,31 @@ class _Record(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
 
+class Batch(_Record):
+    """What a step of training takes: the effective batch, on all ranks together."""
+
+    ranks: int
+    characters: int
+    lines: tuple[int, int]
+    """The fewest, and the most."""
+
+    @classmethod
+    def of(cls, config: Config, ranks: int) -> Batch:
+        """That of a training with this configuration on so many ranks."""
+        lines = (config.smallest_batch, config.batch_lines(config.data.min_length))
+        return cls(ranks=ranks, characters=config.train.batch_characters, lines=lines)
+
+    def __str__(self) -> str:
+        fewest, most = self.lines
+        lines = f"{fewest}" if fewest == most else f"{fewest} to {most}"
+        if self.ranks == 1:
+            return f"batch: {lines} lines, {self.characters} characters"
+        share = f"{fewest / self.ranks:g}" if fewest == most else f"{fewest / self.ranks:g} to {most / self.ranks:g}"
+        return (
+            f"effective batch: {lines} lines, {self.characters} characters, on {self.ranks} ranks ({share} lines each)"
+        )
+
+
 class Metrics(_Record):
     """metrics.json: how good the model is and what it took.
 
@@ -70,6 +97,7 @@ class Metrics(_Record):
     distinct_characters: int | None = None
     lines_per_second: float | None = None
     """Of training; the report takes the median of history.json where this is not given."""
+    batch: Batch | None = None
     seconds: dict[str, float] = {}
     """Wall time by phase of the job, in its order; ``total``, if given, is the whole of it."""
     environment: dict[str, Any] = {}

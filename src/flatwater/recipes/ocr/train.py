@@ -18,15 +18,14 @@ from __future__ import annotations
 
 import contextlib
 import math
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import paddle
 import paddle.nn.functional as F
 from rich.console import Console
@@ -36,9 +35,11 @@ from flatwater.recipes.ocr import checkpoint as checkpoints
 from flatwater.recipes.ocr.config import Config, OptimizerConfig
 from flatwater.recipes.ocr.data import IGNORE, Batch, DataSource, Sample
 from flatwater.recipes.ocr.evaluate import evaluate
+from flatwater.recipes.ocr.interruption import interruption
 from flatwater.recipes.ocr.labels import BLANK
 from flatwater.recipes.ocr.model import Recognizer, build
 from flatwater.recipes.ocr.progress import Progress
+from flatwater.recipes.ocr.ranks import World
 from flatwater.recipes.ocr.results import Evaluation, History, TrainPoint
 
 __all__ = ["CHECKPOINT", "TrainResult", "learning_rate", "train"]
@@ -51,6 +52,8 @@ _MAY_CHANGE = {"train": {"log_every", "evaluate_every", "evaluate_lines", "check
 
 _BLANK_WEIGHT = 0.2
 """In the cross entropy of frames. Two frames of three are blank; at full weight they drown the characters."""
+
+_ALONE = World()
 
 StepHook = Callable[[int, Recognizer], contextlib.AbstractContextManager[None]]
 
@@ -71,10 +74,13 @@ def train(
     resume: bool = False,
     console: Console | None = None,
     on_step: StepHook | None = None,
+    world: World = _ALONE,
+    interrupted: threading.Event | None = None,
 ) -> TrainResult:
     """Train a recogniser, from the start or from the checkpoint in ``folder``.
 
-    Ctrl-C (SIGINT) ends training after the step it is in, with a checkpoint; a second one ends it at once.
+    Ctrl-C (SIGINT) or SIGTERM ends training after the step it is in, with a checkpoint; a second Ctrl-C ends it at
+    once. Where several ranks train, a signal to one of them ends all, and rank 0 writes the checkpoint.
 
     Args:
         config: what to train, and how.
@@ -84,14 +90,19 @@ def train(
         console: where progress is shown; a terminal gets a live display, anything else a line now and then.
         on_step: ``on_step(step, model)`` gives a context in which the forward pass of that step runs; steps count
             from 1 here and in the history. Made for :meth:`flatwater.paddle.monitor.NormMonitor.sampling`.
+        world: with whom; all of them call this.
+        interrupted: ends training in place of the signals, for a caller that handles them.
 
     Raises:
         CheckpointError: there is no checkpoint to resume from, or it is damaged.
         ConfigError: the checkpoint is of a run with other settings.
         FlatwaterError: the loss is no longer finite.
+        DistributedError: a rank died, or did not come.
         OSError: a checkpoint could not be written; the one before it stays.
     """
-    return _Training(config, folder, data, resume=resume, on_step=on_step).run(console or Console())
+    training = _Training(config, folder, data, world, resume=resume, on_step=on_step)
+    with interruption() if interrupted is None else contextlib.nullcontext(interrupted) as event:
+        return training.run(console or Console(), event)
 
 
 def learning_rate(optimizer: OptimizerConfig, step: int, steps: int) -> float:
@@ -105,14 +116,15 @@ def learning_rate(optimizer: OptimizerConfig, step: int, steps: int) -> float:
 
 class _Training:
     def __init__(
-        self, config: Config, folder: Path, data: DataSource, *, resume: bool, on_step: StepHook | None
+        self, config: Config, folder: Path, data: DataSource, world: World, *, resume: bool, on_step: StepHook | None
     ) -> None:
         self.config = config
         self.data = data
+        self.world = world
         self.on_step = on_step
         self.checkpoint_path = folder / CHECKPOINT
         paddle.seed(config.seed)
-        self.model, self.policy = build(config, data.alphabet.classes)
+        self.model, self.policy = build(config, data.alphabet.classes, world.size)
         self.optimizer = _optimizer(config.optimizer, self.model)
         if self.policy is not None:
             self.policy.prepare(self.optimizer)
@@ -124,14 +136,15 @@ class _Training:
         self.losses: list[float] = []  # since the last point of the history
         if resume:
             self._restore()
-        self.evaluated = _spread(data.test_set(), config.train.evaluate_lines)
+        self.parallel = world.parallel(self.model)
+        self.evaluated = _spread(data.test_set(), config.train.evaluate_lines) if world.first else []
 
-    def run(self, console: Console) -> TrainResult:
+    def run(self, console: Console, interrupted: threading.Event) -> TrainResult:
         settings = self.config.train
         lines = 0
         clock = time.perf_counter()
-        with Progress(console, settings.steps, self.step) as progress, _interruption() as interrupted:
-            while self.step < settings.steps and not interrupted.is_set():
+        with Progress(console, settings.steps, self.step) as progress:
+            while self.step < settings.steps and not self._stopped(interrupted):
                 batch = self.data.train_batch(self.step)
                 self.losses.append(self._take_step(batch))
                 lines += len(batch.images)
@@ -143,7 +156,9 @@ class _Training:
                     lines, clock = 0, now
                 if self.step % settings.evaluate_every == 0 or last:
                     began = time.perf_counter()
-                    progress.show_accuracy(self._evaluate())
+                    self.world.settle(self.model)
+                    if self.world.first:
+                        progress.show_accuracy(self._evaluate())
                     clock += time.perf_counter() - began
                 if self.step % settings.checkpoint_every == 0:
                     self._save()
@@ -152,40 +167,48 @@ class _Training:
                 self._save()
         return TrainResult(self.model, self.history, self.step == settings.steps)
 
-    def _take_step(self, batch: Batch) -> float:
+    def _stopped(self, interrupted: threading.Event) -> bool:
+        """Whether a rank was told to stop: the same on all of them."""
+        return any(self.world.sum(f"who stops before step {self.step + 1}", [interrupted.is_set()]))
+
+    def _take_step(self, whole: Batch) -> float:
         self.optimizer.set_lr(self._rate())
-        self.model.train()
+        self.parallel.train()
         if self.policy is not None:
             self.policy.on_step(self.step)
+        batch = self.world.share(whole)
+        # Of the mean over all lines, in what DataParallel divides by the number of ranks.
+        share = self.world.size * len(batch.images) / len(whole.images)
         images = paddle.to_tensor(batch.images)
         with contextlib.nullcontext() if self.on_step is None else self.on_step(self.step + 1, self.model):
-            logits = self.model(images)
-        ctc = F.ctc_loss(
+            logits = self.parallel(images)
+        ctc = share * F.ctc_loss(
             logits.transpose([1, 0, 2]),
             paddle.to_tensor(batch.labels),
             paddle.to_tensor(batch.frames),
             paddle.to_tensor(batch.label_lengths),
         )
-        value = ctc.item()
+        [value] = self.world.sum(f"the loss of step {self.step + 1}", [ctc.item() / self.world.size])
         if not math.isfinite(value):
             raise FlatwaterError(
                 f"the loss became {value} at step {self.step + 1}; lower optimizer.learning_rate "
                 f"(now {self.config.optimizer.learning_rate}), or choose norm.kind=batch_norm"
             )
-        self._total(ctc, logits, batch).backward()
+        self._total(ctc, logits, batch, whole).backward()
         self.optimizer.step()
         self.optimizer.clear_grad()
         return value
 
-    def _total(self, ctc: paddle.Tensor, logits: paddle.Tensor, batch: Batch) -> paddle.Tensor:
+    def _total(self, ctc: paddle.Tensor, logits: paddle.Tensor, batch: Batch, whole: Batch) -> paddle.Tensor:
         aligned = self.config.train.alignment * self.config.train.steps
-        share = max(0.0, 1 - self.step / aligned) if aligned and batch.alignment is not None else 0.0
-        if not share:
+        if not aligned or batch.alignment is None or whole.alignment is None or self.step >= aligned:
             return ctc
         frames = F.cross_entropy(
             logits, paddle.to_tensor(batch.alignment), weight=self.frame_weight, ignore_index=IGNORE
         )
-        return share * frames + (1 - share) * ctc
+        share = self.world.size * _weight_of(batch.alignment) / _weight_of(whole.alignment)
+        part = 1 - self.step / aligned
+        return part * share * frames + (1 - part) * ctc
 
     def _rate(self) -> float:
         return learning_rate(self.config.optimizer, self.step, self.config.train.steps)
@@ -207,6 +230,10 @@ class _Training:
         return self.history.evaluations[-1]
 
     def _save(self) -> None:
+        self.world.settle(self.model)
+        self.saved_step = self.step
+        if not self.world.first:
+            return
         progress = {
             "step": self.step,
             "losses": self.losses,
@@ -215,7 +242,6 @@ class _Training:
             "alphabet": self.data.alphabet.characters,
         }
         checkpoints.save(self.checkpoint_path, checkpoints.snapshot(self.model, self.optimizer, progress))
-        self.saved_step = self.step
 
     def _restore(self) -> None:
         checkpoint = checkpoints.load(self.checkpoint_path)
@@ -244,6 +270,11 @@ def _optimizer(config: OptimizerConfig, model: Recognizer) -> paddle.optimizer.O
     return paddle.optimizer.Momentum(momentum=config.momentum, use_nesterov=True, **common)
 
 
+def _weight_of(alignment: npt.NDArray[np.int64]) -> float:
+    """By what the cross entropy of these frames divides the sum of its terms."""
+    return float(np.where(alignment == BLANK, _BLANK_WEIGHT, 1.0)[alignment != IGNORE].sum())
+
+
 def _spread(samples: list[Sample], count: int) -> list[Sample]:
     """``count`` of the samples, evenly spaced, or all where there are fewer."""
     count = min(count, len(samples))
@@ -262,25 +293,3 @@ def _check_same_run(saved: dict[str, Any], config: Config) -> None:
                     f"the checkpoint was trained with {key}={before!r}, not {setting!r}; "
                     "resume with the same settings, or train anew without --resume"
                 )
-
-
-@contextlib.contextmanager
-def _interruption() -> Iterator[threading.Event]:
-    """An event that Ctrl-C sets, once; the second Ctrl-C does what it does elsewhere.
-
-    Signals reach the main thread only: in any other, nobody sets it.
-    """
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-
-    def handle(_number: int, _frame: FrameType | None) -> None:
-        event.set()
-        signal.signal(signal.SIGINT, previous)
-
-    previous = signal.signal(signal.SIGINT, handle)
-    try:
-        yield event
-    finally:
-        signal.signal(signal.SIGINT, previous)

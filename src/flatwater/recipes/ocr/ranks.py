@@ -1,0 +1,105 @@
+"""The processes of a training that several take part in, started by ``python -m paddle.distributed.launch``.
+
+The batch of a step is the one that a single process would read. Each rank takes every n-th of its lines, and weighs
+its loss by its share, so that DataParallel's average of the gradients is the gradient of the whole batch's loss: with
+sync batch norm a training is the same on any number of ranks, but for rounding, learning rate included.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import paddle
+from paddle import distributed
+
+import flatwater.paddle as fw
+from flatwater.errors import ConfigError, DataError
+from flatwater.paddle.sync.collectives import Operation, communicator_of, world_ranks
+from flatwater.recipes.ocr.config import Config
+from flatwater.recipes.ocr.data import Batch
+
+__all__ = ["World"]
+
+TIMEOUT = 600.0
+"""Seconds for which ranks wait for one that evaluates or writes."""
+
+
+@dataclass(frozen=True)
+class World:
+    """The place of this process among those that train together; of one, nothing is shared and nobody is waited for."""
+
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    def join(cls, config: Config) -> World:
+        """Meet the other ranks that Paddle's launcher started, if it did.
+
+        Raises:
+            ConfigError: there are more ranks than lines in the smallest batch.
+            DistributedError: a rank did not come, or has another configuration.
+        """
+        size = int(os.environ.get("PADDLE_TRAINERS_NUM", "1"))
+        if size == 1:
+            return cls()
+        lines = config.smallest_batch
+        if lines < size:
+            raise ConfigError(
+                f"train.batch_characters={config.train.batch_characters} makes batches of {lines} lines where they are "
+                f"{config.data.max_length} characters long, too few for {size} ranks; "
+                f"give at least {size * config.data.max_length}, or start fewer ranks"
+            )
+        if not paddle.device.is_compiled_with_cuda():
+            os.environ.setdefault("PADDLE_DISTRI_BACKEND", "gloo")
+        distributed.init_parallel_env()
+        world = cls(distributed.get_rank(), size)
+        world.sum("the start", [], f"configuration {zlib.crc32(config.to_yaml().encode()):08x}")
+        return world
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that writes and reports."""
+        return self.rank == 0
+
+    def share(self, batch: Batch) -> Batch:
+        """The lines of a batch that are this rank's, as wide as they are in it: norms see the padding, too.
+
+        Raises:
+            DataError: there are fewer lines than ranks.
+        """
+        if self.size == 1:
+            return batch
+        if len(batch.images) < self.size:
+            raise DataError(
+                f"data.labels makes batches of {len(batch.images)} lines, too few for {self.size} ranks; "
+                "give more lines, or start fewer ranks"
+            )
+        return batch.lines(slice(self.rank, None, self.size))
+
+    def parallel(self, model: paddle.nn.Layer) -> paddle.nn.Layer:
+        """The model, or what averages its gradients over the ranks."""
+        return model if self.size == 1 else paddle.DataParallel(model)
+
+    def sum(self, what: str, values: Sequence[float], detail: str = "") -> list[float]:
+        """The sum of each of these numbers over the ranks.
+
+        Args:
+            what: they are, for messages; with ``detail`` the same on all ranks.
+
+        Raises:
+            DistributedError: a rank died, did not come, or came with something else.
+        """
+        if self.size == 1:
+            return list(values)
+        communicator = communicator_of(world_ranks(None), None, paddle.CPUPlace())
+        operation = Operation(what, "average", len(values), detail)
+        return [float(total) for total in communicator.sum(np.array(values, np.float64), operation, TIMEOUT)]
+
+    def settle(self, model: paddle.nn.Layer) -> None:
+        """Make moving statistics equal that ranks may have each for themselves, before they are used or written."""
+        if self.size > 1:
+            fw.average_statistics(model, timeout=TIMEOUT)
