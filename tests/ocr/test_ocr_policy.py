@@ -14,8 +14,8 @@ import flatwater.paddle as fw
 from flatwater.errors import ConfigError
 from flatwater.recipes.ocr import config, train
 from flatwater.recipes.ocr.data import DataSource
-from flatwater.recipes.ocr.ranks import World
 from flatwater.recipes.ocr.model import Recognizer, build
+from flatwater.recipes.ocr.ranks import World
 
 SETTINGS = """
 model: {channels: [8, 8, 8, 8], features: 16}
