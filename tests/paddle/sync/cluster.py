@@ -6,11 +6,12 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Ended", "run_world"]
+__all__ = ["Ended", "Place", "run_world"]
 
 _HERE = Path(__file__).parent
 
@@ -23,15 +24,27 @@ class Ended:
     output: str
 
 
-def run_world(size: int, script: str, *args: str | Path, timeout: float = 100.0) -> list[Ended]:
+@dataclass(frozen=True)
+class Place:
+    """Where a rank runs: the address at which the others reach it, and what starts a command there."""
+
+    address: str = "127.0.0.1"
+    prefix: tuple[str, ...] = ()
+    environment: tuple[tuple[str, str], ...] = ()
+
+
+def run_world(
+    size: int, script: str, *args: str | Path, timeout: float = 100.0, places: Sequence[Place] = ()
+) -> list[Ended]:
     """Run ``script`` in ``size`` processes that know of each other, with gloo, and wait for all of them."""
-    ports = _free_ports(size)
-    endpoints = [f"127.0.0.1:{port}" for port in ports]
+    places = places or [Place()] * size
+    endpoints = [f"{place.address}:{port}" for place, port in zip(places, _free_ports(size), strict=True)]
     ranks = []
     try:
-        for rank, endpoint in enumerate(endpoints):
+        for rank, (place, endpoint) in enumerate(zip(places, endpoints, strict=True)):
             environment = {
                 **os.environ,
+                **dict(place.environment),
                 "PADDLE_TRAINER_ID": str(rank),
                 "PADDLE_TRAINERS_NUM": str(size),
                 "PADDLE_TRAINER_ENDPOINTS": ",".join(endpoints),
@@ -40,7 +53,7 @@ def run_world(size: int, script: str, *args: str | Path, timeout: float = 100.0)
                 "PADDLE_DISTRI_BACKEND": "gloo",
                 "OMP_NUM_THREADS": "1",
             }
-            command = [sys.executable, str(_HERE / script), *map(str, args)]
+            command = [*place.prefix, sys.executable, str(_HERE / script), *map(str, args)]
             output: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
             ranks.append(subprocess.Popen(command, env=environment, text=True, errors="replace", **output))
         outputs = [process.communicate(timeout=timeout)[0] for process in ranks]
