@@ -32,7 +32,6 @@ __all__ = [
     "LayerAdvice",
     "choose_groups",
     "choose_norm",
-    "default_groups",
     "steadier_momentum",
 ]
 
@@ -134,18 +133,18 @@ def choose_norm(
     return Choice("group_norm", f"{few}; {_described(groups, channels, positions)}", groups, steadier)
 
 
-def default_groups(channels: int) -> int:
+def _default_groups(channels: int) -> int:
     """32, as Wu & He (2018) have it, or the largest power of two below that divides the channels."""
     return math.gcd(_MOST_GROUPS, channels)
 
 
 def choose_groups(channels: int, positions: int | None = None) -> int | None:
-    """How many groups group norm should have: :func:`default_groups`, or fewer where these would hold too little.
+    """How many groups group norm should have: 32 or the largest power of two below that divides the channels, or fewer.
 
-    A group should hold 16 values, which matters after global pooling, and two channels, for with one it would be
-    instance norm. None where all channels together hold but one value, of which no variance exists.
+    Wu & He (2018) take 32. A group should hold 16 values, which matters after global pooling, and two channels, for
+    with one it would be instance norm. None where all channels together hold but one value, which has no variance.
     """
-    groups = default_groups(channels)
+    groups = _default_groups(channels)
     values = _ENOUGH_VALUES if positions is None else positions
     while groups > 1 and (groups == channels or channels // groups * values < _ENOUGH_VALUES):
         groups //= 2
@@ -155,7 +154,7 @@ def choose_groups(channels: int, positions: int | None = None) -> int | None:
 def _described(groups: int, channels: int, positions: int | None) -> str:
     each = channels // groups
     words = f"{groups} group{'s' if groups != 1 else ''} of {each} channel{'s' if each != 1 else ''}"
-    if groups < default_groups(channels):
+    if groups < _default_groups(channels):
         few = positions is not None and channels // (2 * groups) * positions < _ENOUGH_VALUES
         return f"{words}; more would hold {f'fewer than {_ENOUGH_VALUES} values' if few else 'one channel'} each"
     return words if groups == _MOST_GROUPS else f"{words}, as {_MOST_GROUPS} does not divide {channels}"

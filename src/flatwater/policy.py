@@ -27,7 +27,8 @@ field                       of PaddleDetection                   values
                                                                  ``frozen`` (batch norm with both frozen),
                                                                  ``auto`` (see :mod:`flatwater.advice`)
 ``groups``                                                       of group norm; 32, or the largest power of
-                                                                 two below it that divides the channels
+                                                                 two below it that divides the channels and leaves
+                                                                 each group two of them
 ``momentum``                                                     share of the OLD statistics kept, 0 to 1
 ``momentum_schedule``                                            ``{at: {0: 0.5, 1000: 0.99}}``, by step; with
                                                                  ``curve``: ``linear``, ``cosine``, ``constant``;

@@ -452,7 +452,7 @@ def test_a_policy_from_a_file(tmp_path: Path) -> None:
     file.write_text("- kind: batch_norm\n  norm_type: gn\n", encoding="utf-8")
     model = network()
     fw.apply_policy(model, file)
-    assert model.stem[1]._num_groups == 8
+    assert model.stem[1]._num_groups == 4  # of two channels each: of one, it would be instance norm
     with pytest.raises(ConfigError, match="none of the 1 norm layers"):
         fw.apply_policy(nn.Sequential(nn.BatchNorm2D(2)), [{"match": "x", "beta": 1}])
 

@@ -57,7 +57,8 @@ def convert(
             ``"sync_batch_norm"``, ``"group_norm"`` and ``"instance_norm"`` change what is of another kind;
             ``"frozen"`` makes batch norms that are frozen, see :func:`~flatwater.paddle.freeze`.
         pattern: a glob that a layer's path must match (``"backbone.*"``); None for every norm layer.
-        groups: of group norm; None for 32, or the largest power of two below that divides the channels.
+        groups: of group norm; None for 32, or the largest power of two below that divides the channels and leaves
+            each group two of them.
 
     Returns:
         What was changed, what could not be held, and why other norm layers were left.

@@ -15,7 +15,7 @@ import paddle
 from paddle import nn
 from paddle.nn.layer.norm import _InstanceNormBase
 
-from flatwater.advice import default_groups
+from flatwater.advice import choose_groups
 from flatwater.errors import InputError, SurgeryError
 from flatwater.paddle import layers
 from flatwater.paddle.kinds import BATCH_NORMS, INSTANCE_NORMS
@@ -155,7 +155,7 @@ def recast(layer: Any, kind: NormKind, *, groups: int | None = None) -> str | No
         revert_sync_batchnorm(layer)
         return None
     if kind == "group_norm":
-        return _to_group_norm(layer, groups or default_groups(channels_of(layer)))
+        return _to_group_norm(layer, groups or choose_groups(channels_of(layer)) or 1)
     if kind == "instance_norm":
         return _to_instance_norm(layer)
     note = _to_batch_norm(layer)
