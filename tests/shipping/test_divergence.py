@@ -17,11 +17,12 @@ from paddle import nn
 from paddle.static import InputSpec
 
 import flatwater.onnx.fold
+import flatwater.onnx.runtime
 import flatwater.paddle as fw
 from flatwater.errors import VerificationError
 from flatwater.inspection import Graph, Norm, Operation
 from flatwater.models import verify_models
-from flatwater.onnx import fold_onnx
+from flatwater.onnx import fold_onnx, onnx_forms, open_onnx
 from flatwater.paddle.shipping.conversion import convert_to_onnx
 from flatwater.paddle.shipping.verify import verify
 from flatwater.verify import Arrays, Form, Inside, Run, compare_forms, find_divergence, look_inside
@@ -72,6 +73,14 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def moved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same network, but for one norm."""
+    model = network()
+    move(model, "left.1")
+    return capture(model, tmp_path_factory.mktemp("moved") / "net")
+
+
+@pytest.fixture(scope="module")
 def folded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("folded") / "net"
     assert fw.export(network(), path, IMAGE).onnx_batch_norms == 0
@@ -82,13 +91,18 @@ def folded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("kept", ["plain", "folded"])
 def test_the_live_layer_that_the_files_compute_otherwise(kept: str, path: str, request: pytest.FixtureRequest) -> None:
     model, files = network(), request.getfixturevalue(kept)
-    assert verify(model, files, example(2, 3, 8, 8), batch_sizes=[2], show=False).diverging is None
     move(model, path)
     report = verify(model, files, example(2, 3, 8, 8), batch_sizes=[2], show=False)
     assert report.diverging is not None
     assert report.diverging.form == "paddle.jit.load"
     assert report.diverging.layer == f"{path} (BatchNorm2D)"
     assert f"the first norm layer to diverge is {path} (BatchNorm2D)" in str(report)
+
+
+def test_what_agrees_is_not_looked_into(plain: Path) -> None:
+    report = verify(network(), plain, example(2, 3, 8, 8), batch_sizes=[2], show=False)
+    assert report.passed
+    assert report.diverging is None
 
 
 def test_what_diverges_outside_norms_is_not_blamed_on_one(plain: Path) -> None:
@@ -108,22 +122,16 @@ def test_what_diverges_outside_norms_is_not_blamed_on_one(plain: Path) -> None:
         (".onnx", ".onnx", r"BatchNormalization\.3"),
     ],
 )
-def test_files_against_files(suffix: str, against: str, name: str, plain: Path, tmp_path: Path) -> None:
-    model = network()
-    move(model, "left.1")
-    other = capture(model, tmp_path / "other")
-    report = verify_models(other.with_suffix(suffix), against=plain.with_suffix(against), batch_sizes=[2])
+def test_files_against_files(suffix: str, against: str, name: str, plain: Path, moved: Path) -> None:
+    report = verify_models(moved.with_suffix(suffix), against=plain.with_suffix(against), batch_sizes=[2])
     assert report.diverging is not None
     assert re.fullmatch(name, str(report.diverging.layer))
     record = report.as_dict()["diverging"]
     assert record == {"form": report.rows[0].form, "layer": report.diverging.layer, "words": report.diverging.words}
 
 
-def test_where_no_norm_is_left_the_convolution_that_took_it_up_is_named(folded: Path, tmp_path: Path) -> None:
-    model = network()
-    move(model, "left.1")
-    other = capture(model, tmp_path / "other")
-    report = verify_models(other.with_suffix(".json"), against=folded, batch_sizes=[2])
+def test_where_no_norm_is_left_the_convolution_that_took_it_up_is_named(folded: Path, moved: Path) -> None:
+    report = verify_models(moved.with_suffix(".json"), against=folded, batch_sizes=[2])
     assert report.diverging is not None
     assert re.fullmatch(
         r"the first layer with weights to diverge is conv2d Sequential(_\d+)?/Conv2D", report.diverging.words
@@ -138,6 +146,26 @@ def test_a_norm_that_only_the_optimiser_gets_wrong(tmp_path: Path) -> None:
     assert report.diverging is not None
     assert report.diverging.form == "Paddle Inference, oneDNN"
     assert report.diverging.words == "as it optimises the file, the first norm layer to diverge is left.1 (BatchNorm2D)"
+
+
+def test_onnx_is_looked_into_as_it_stands_and_as_it_is_optimised(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    levels: list[str] = []
+
+    def note(model: Path | bytes, level: str) -> Any:
+        levels.append(level)
+        return open_onnx(model, level)
+
+    monkeypatch.setattr(flatwater.onnx.runtime, "open_onnx", note)
+    image = np.ones((2, 3, 8, 8), "float32")
+    for form in onnx_forms(plain.with_suffix(".onnx")):
+        assert form.inside is not None
+        inside = form.inside()
+        one, last = inside.tensors[0], inside.tensors[-1]
+        found = [load([last, one])([image]) for load in (inside.plain, inside.load)]
+        assert [array.shape for array in found[0]] == [array.shape for array in found[1]]
+        assert found[0][0].shape == (2, 3, 8, 8)  # the model's own output, asked for first
+    assert levels[::2] == ["ORT_DISABLE_ALL"] * 4
+    assert levels[1::2] == ["ORT_DISABLE_ALL", "ORT_ENABLE_BASIC", "ORT_ENABLE_EXTENDED", "ORT_ENABLE_ALL"]
 
 
 def test_a_fold_that_went_wrong_names_its_norm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

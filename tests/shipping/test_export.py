@@ -143,7 +143,7 @@ def test_what_is_decoded_has_to_be_equal_too(tmp_path: Path) -> None:
         return ["".join("abcd"[index] for index in sample.argmax(0).flat) for sample in outputs[0]]
 
     model = toy()
-    report = export(model, tmp_path / "model", IMAGE, decode=read).verification
+    report = export(model, tmp_path / "model", IMAGE, ("paddle",), decode=read).verification
     assert all(row.decoded == 1.0 for row in report.rows)
     calls: list[int] = []
 
@@ -154,7 +154,7 @@ def test_what_is_decoded_has_to_be_equal_too(tmp_path: Path) -> None:
     with pytest.raises(
         VerificationError, match=r"paddle\.jit\.load at batch 1: only 0% is decoded alike; .*within the"
     ):
-        export(model, tmp_path / "other", IMAGE, decode=fickle)
+        export(model, tmp_path / "other", IMAGE, ("paddle",), decode=fickle)
     assert not (tmp_path / "other.json").exists()
 
 
