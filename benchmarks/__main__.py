@@ -18,6 +18,8 @@ from rich.console import Console, RenderableType
 from benchmarks import accuracy, kernels, layers, machine, memory, report, shapes
 from benchmarks import host as host_steps
 from benchmarks import sync as sync_steps
+from benchmarks.small_batches_data import FOLDER
+from benchmarks.small_batches_report import small_batches as small_batch_tables
 from benchmarks.sync_model import Network
 from benchmarks.sync_report import sync as sync_tables
 from flatwater import host
@@ -39,6 +41,9 @@ class Options:
     quick: bool
     rounds: int
     network: Network | None
+    data: Path
+    store: Path
+    trainings: int | None
     progress: Callable[[str], object]
 
     @property
@@ -100,6 +105,19 @@ def run_sync(options: Options) -> dict[str, Any]:
     return sync_steps.measure(network=options.network, count=options.rounds, progress=options.progress)
 
 
+def run_small_batches(options: Options) -> dict[str, Any]:
+    """Whole trainings with statistics over shares of the batch: the accuracy that comes of it."""
+    from benchmarks import small_batches  # with Paddle, whose idle threads would hurt the other parts
+
+    return small_batches.measure(
+        options.data,
+        options.store,
+        epochs=1 if options.quick else small_batches.EPOCHS,
+        trainings=options.trainings,
+        progress=options.progress,
+    )
+
+
 MEASURES: dict[str, tuple[Callable[[Options], dict[str, Any]], Callable[[Any], list[RenderableType]]]] = {
     "kernels": (run_kernels, report.kernels),
     "layers": (run_layers, report.layers),
@@ -107,7 +125,10 @@ MEASURES: dict[str, tuple[Callable[[Options], dict[str, Any]], Callable[[Any], l
     "accuracy": (run_accuracy, report.accuracy),
     "host": (run_host, report.host),
     "sync": (run_sync, sync_tables),
+    "small-batches": (run_small_batches, small_batch_tables),
 }
+ALL = [part for part in MEASURES if part != "small-batches"]
+"""What runs unless parts are named."""
 
 
 @click.command("benchmarks", context_settings={"help_option_names": ["-h", "--help"]})
@@ -122,6 +143,15 @@ MEASURES: dict[str, tuple[Callable[[Options], dict[str, Any]], Callable[[Any], l
 @click.option("--rounds", type=click.IntRange(min=1), help="Rounds behind each median  [default: 9; quick: 3]")
 @click.option("--latency", type=click.FloatRange(min=0, min_open=True), help="Your network's, in µs: sync models it.")
 @click.option("--bandwidth", type=click.FloatRange(min=0, min_open=True), help="Your network's, in GB/s.")
+@click.option("--data", type=click.Path(path_type=Path), default=FOLDER, show_default=True, help="Fashion-MNIST.")
+@click.option(
+    "--store",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=Path("runs/small-batches.json"),
+    show_default=True,
+    help="Where small-batches keeps each training, and goes on.",
+)
+@click.option("--trainings", type=click.IntRange(min=1), help="small-batches: stop after so many.")
 @click.option("--json", "target", type=click.Path(dir_okay=False, path_type=Path), help="Write everything there, too.")
 def command(
     parts: tuple[str, ...],
@@ -133,9 +163,15 @@ def command(
     rounds: int | None,
     latency: float | None,
     bandwidth: float | None,
+    data: Path,
+    store: Path,
+    trainings: int | None,
     target: Path | None,
 ) -> None:
-    """Measure Flatwater's normalization beside its limits and its alternatives; all parts if none is named."""
+    """Measure Flatwater's normalization beside its limits and its alternatives.
+
+    Without a part, all but small-batches, whose trainings take an hour and data from elsewhere.
+    """
     network = _network(latency, bandwidth)
     if host.missing(os.environ):  # read when a process starts, so it has to start again
         host.launch([sys.executable, "-m", "benchmarks", *sys.argv[1:]])
@@ -162,9 +198,12 @@ def command(
             quick=quick,
             rounds=rounds or (3 if quick else 9),
             network=network,
+            data=data,
+            store=store,
+            trainings=trainings,
             progress=status.update,
         )
-        for part in MEASURES if not parts or "all" in parts else dict.fromkeys(parts):
+        for part in dict.fromkeys(name for given in parts or ("all",) for name in (ALL if given == "all" else [given])):
             measure, tables = MEASURES[part]
             document["parts"][part] = result = measure(options)
             for table in tables(result):

@@ -1,4 +1,4 @@
-"""What statistics of small per-device batches do to accuracy: ``python -m benchmarks.small_batches``.
+"""What statistics of small per-device batches do to accuracy: ``python -m benchmarks small-batches``.
 
 The total batch is the same everywhere, and so are weights at the start, images and their order. What differs is over
 how many samples a norm takes its statistics: a rank's share of the batch (batch norm under DataParallel), all of it
@@ -13,31 +13,28 @@ from __future__ import annotations
 
 import json
 import os
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import click
 import numpy as np
 import paddle
 import paddle.nn.functional as F
-from rich.console import Console
 
 import flatwater.paddle as fw
 from benchmarks import machine
-from benchmarks.small_batches_data import FOLDER, Data, Split, batches, load
+from benchmarks.small_batches_data import Data, Split, batches, load
 from benchmarks.small_batches_model import MOMENTA, Network, RankBatchNorm, deployed
 from benchmarks.small_batches_proof import prove
-from benchmarks.small_batches_report import label, proofs, results
-from flatwater import host
+from benchmarks.small_batches_report import label
 from flatwater.files import write_whole
 
-__all__ = ["ARMS", "BATCH", "Run", "accuracy", "best_rates", "train"]
+__all__ = ["ARMS", "BATCH", "EPOCHS", "Run", "accuracy", "best_rates", "measure", "train"]
 
 BATCH = 32
 RATES = (0.03, 0.1, 0.3)
@@ -152,73 +149,86 @@ def _train(key: Key) -> Run:
     return train(_data, *key)
 
 
-def _trained(keys: Iterable[Key], folder: Path, jobs: int) -> Iterator[Run]:
-    """The trainings, as they end; each in one of ``jobs`` processes of one thread."""
-    with ProcessPoolExecutor(jobs, get_context("spawn"), _initialize, (folder,)) as pool:
-        for future in as_completed([pool.submit(_train, key) for key in keys]):
-            yield future.result()
+def _trained(keys: Iterable[Key], folder: Path) -> Iterator[Run]:
+    """The trainings, as they end: one on each processor at a time, in a process of one thread."""
+    with (
+        _environment(OMP_NUM_THREADS="1"),
+        ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), _initialize, (folder,)) as pool,
+    ):
+        try:
+            for future in as_completed([pool.submit(_train, key) for key in keys]):
+                yield future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)  # after Ctrl-C, what has not begun shall not
 
 
-@click.command("small_batches", context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--data", "folder", type=click.Path(path_type=Path), default=FOLDER, show_default=True)
-@click.option(
-    "--json",
-    "target",
-    type=click.Path(dir_okay=False, path_type=Path),
-    required=True,
-    help="Results; goes on with what is there.",
-)
-@click.option("--epochs", type=click.IntRange(min=1), default=EPOCHS, show_default=True)
-@click.option("--jobs", type=click.IntRange(min=1), default=os.cpu_count(), show_default="one a processor")
-@click.option("--trainings", type=click.IntRange(min=0), help="Stop after so many; call again to go on.")
-def command(folder: Path, target: Path, epochs: int, jobs: int, trainings: int | None) -> None:
-    """Train with every norm and every seed, hold the emulated ranks against real ones, and print the table."""
-    os.environ["OMP_NUM_THREADS"] = "1"
-    if host.missing(os.environ):
-        host.launch([sys.executable, "-m", "benchmarks.small_batches", *sys.argv[1:]])
-    load(folder)  # so that a missing file is told before anything starts
+@contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    """What processes that begin meanwhile find set."""
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def measure(
+    folder: Path, store: Path, *, epochs: int, trainings: int | None, progress: Callable[[str], object]
+) -> dict[str, Any]:
+    """Hold the emulated ranks against real ones, choose learning rates, and train every arm with every seed.
+
+    Args:
+        folder: Fashion-MNIST.
+        store: JSON file that gets each training when it ends, and is gone on with when there is one.
+        epochs: of each training, but of those that choose the learning rates.
+        trainings: stop after so many; None for all.
+        progress: is told what is being done.
+
+    Returns:
+        ``batch``, ``proofs``, ``runs`` (those that count, as far as done), and of ``missing`` trainings the number.
+    """
+    data = load(folder)  # so that a missing file is told before anything starts
     document: dict[str, Any] = {"runs": [], "proofs": []}
-    if target.exists():
-        document = json.loads(target.read_text(encoding="utf-8"))
+    if store.exists():
+        document = json.loads(store.read_text(encoding="utf-8"))
     document["machine"] = machine.describe()
-    runs = [Run(**run) for run in document["runs"]]
-    console = Console()
+    runs = {run.key: run for run in (Run(**row) for row in document["runs"])}
+    left = trainings
 
     def keep() -> None:
-        document["runs"] = [asdict(run) for run in runs]
-        write_whole(target, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+        document["runs"] = [asdict(run) for run in runs.values()]
+        store.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(store, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
 
-    def do(keys: list[Key]) -> bool:
-        """Whether all of them are done."""
-        nonlocal trainings
-        done = {run.key for run in runs}
-        missing = [key for key in keys if key not in done]
-        now = missing if trainings is None else missing[:trainings]
-        for run in _trained(now, folder, jobs):
-            runs.append(run)
+    def do(keys: list[Key]) -> int:
+        """Do what of these is missing and may be done now. How many remain."""
+        nonlocal left
+        missing = [key for key in keys if key not in runs]
+        now = missing[:left]
+        for done, run in enumerate(_trained(now, folder) if now else (), 1):
+            runs[run.key] = run
             keep()
-            console.print(
-                f"{label(run.arm, BATCH)}, seed {run.seed}, learning rate {run.rate:g}, {run.epochs} epochs: "
-                f"{run.validation:.2%} of the validation images",
-                soft_wrap=True,
-                highlight=False,
-            )
-        trainings = None if trainings is None else trainings - len(now)
-        return len(now) == len(missing)
+            progress(f"small batches: {done} of {len(now)}, last {label(run.arm, BATCH)}: {run.validation:.2%}")
+        left = None if left is None else left - len(now)
+        return len(missing) - len(now)
 
     if not document["proofs"]:
-        document["proofs"] = [asdict(proof) for proof in prove(load(folder).train)]
+        progress("small batches: emulated ranks beside real ones")
+        document["proofs"] = [asdict(proof) for proof in prove(data.train)]
         keep()
-    if not do(_sweep()):
-        return
-    swept = set(_sweep())
-    rates = best_rates(run for run in runs if run.key in swept)
-    if not do(finals := _finals(rates, epochs)):
-        return
-    chosen = [asdict(run) for run in runs if run.key in set(finals)]
-    console.print(results(chosen, BATCH))
-    console.print(proofs(document["proofs"]))
-
-
-if __name__ == "__main__":
-    command()
+    progress("small batches: learning rates")
+    finals: list[Key] = []
+    missing = do(_sweep())
+    if not missing:
+        finals = _finals(best_rates(runs[key] for key in _sweep()), epochs)
+        missing = do(finals)
+    else:
+        missing += len(ARMS) * len(SEEDS)
+    return {
+        "batch": BATCH,
+        "proofs": document["proofs"],
+        "runs": [asdict(runs[key]) for key in finals if key in runs],
+        "missing": missing,
+    }

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
+from rich.console import RenderableType
 from rich.table import Table
 
-__all__ = ["COLUMNS", "label", "proofs", "results", "scores"]
+__all__ = ["COLUMNS", "label", "results", "scores", "small_batches"]
 
 COLUMNS = {
     "m = 0.9": "m = 0.9",
@@ -36,15 +37,26 @@ def label(arm: str, batch: int) -> str:
     return f"SyncBatchNorm: all {batch}" if share == batch else f"BatchNorm: {share} of {batch}"
 
 
+def small_batches(result: Row) -> list[RenderableType]:
+    """The tables of what :func:`benchmarks.small_batches.measure` returned, as far as it came."""
+    shown: list[RenderableType] = [_proofs(result["proofs"])]
+    if result["runs"]:
+        shown.append(results(result["runs"], result["batch"]))
+    if result["missing"]:
+        shown.append(f"{result['missing']} trainings to come; the same command goes on")
+    return shown
+
+
 def results(runs: Sequence[Row], batch: int) -> Table:
     """Test accuracy of every arm, the mean of its seeds and how far they lie apart."""
     seeds = {run["seed"] for run in runs}
     table = Table(
         title=f"Test accuracy in percent, mean of {len(seeds)} seeds (lowest to highest), batch {batch} in all",
-        caption="m: the share of the OLD statistics that a step keeps",
+        caption="m: the share of the OLD statistics that a step keeps\n"
+        f"SyncBatchNorm over any number of ranks is batch norm of all {batch} samples on one device",
         box=box.SIMPLE_HEAD,
     )
-    table.add_column("norm, and samples\nbehind its statistics")
+    table.add_column("norm, and samples\nbehind its statistics", no_wrap=True)
     table.add_column("learning\nrate", justify="right")
     for heading in COLUMNS.values():
         table.add_column(heading, justify="right")
@@ -55,7 +67,7 @@ def results(runs: Sequence[Row], batch: int) -> Table:
     return table
 
 
-def proofs(rows: Sequence[Row]) -> Table:
+def _proofs(rows: Sequence[Row]) -> Table:
     """How far the emulated ranks are from real ones."""
     table = Table(title="Emulated ranks beside real processes, largest difference", box=box.SIMPLE_HEAD)
     for heading in ("norm", "ranks", "steps", "loss", "weights, of the largest"):

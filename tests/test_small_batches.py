@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +14,9 @@ import pytest
 from benchmarks.small_batches import ARMS, Run, accuracy, best_rates, train
 from benchmarks.small_batches_data import FOLDER, VALIDATION, Data, batches, load
 from benchmarks.small_batches_model import MOMENTA, Network, RankBatchNorm, deployed
+from benchmarks.small_batches_plot import command as plot
 from benchmarks.small_batches_report import results
+from click.testing import CliRunner
 from rich.console import Console
 
 import flatwater.paddle as fw
@@ -166,3 +169,18 @@ def test_rates_and_the_table() -> None:
     assert "SyncBatchNorm: all 32" in shown
     assert "(80.00–82.00)" in shown
     assert "mean of 3 seeds" in shown
+
+
+def test_the_plot_is_drawn_of_all_trainings_only(tmp_path: Path) -> None:
+    runs = [row(arm, seed, 0.1, 0.5).__dict__ for arm in ARMS for seed in (0, 1, 2)]
+    source, target = tmp_path / "measured.json", tmp_path / "plot.png"
+    for parts, status, message in (
+        ({"kernels": {}}, 2, "measure the part small-batches first"),
+        ({"small-batches": {"runs": runs, "missing": 4}}, 2, "lacks 4 trainings"),
+        ({"small-batches": {"runs": runs, "missing": 0}}, 0, ""),
+    ):
+        source.write_text(json.dumps({"parts": parts}))
+        result = CliRunner().invoke(plot, [str(source), str(target)], env={"COLUMNS": "200"})
+        assert result.exit_code == status, result.output
+        assert message in result.output
+        assert target.exists() == (status == 0)
