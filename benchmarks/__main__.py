@@ -26,7 +26,8 @@ from flatwater import host
 
 __all__: list[str] = []
 
-NORMS = ("none", "relu", "hardswish", "group", "instance")
+ACTIVATIONS = ("none", "relu", "hardswish")
+NORMS = (*ACTIVATIONS, *(f"{activation}+residual" for activation in ACTIVATIONS), "group", "instance")
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,8 @@ class Options:
 
     @property
     def activations(self) -> tuple[Any, ...]:
-        """Those of the norms that are batch norm and an activation."""
-        return tuple(norm for norm in self.norms if norm not in ("group", "instance"))
+        """Those of the norms that are batch norm, with or without a residual."""
+        return tuple(name for name in ACTIVATIONS if {name, f"{name}+residual"} & {*self.norms})
 
 
 def run_kernels(options: Options) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 Each contender is a graph: an operator that produces the norm's input, the norm and its activation, and an operator that
 consumes its output, forward and backward. The time of the same graph without the norm, taken in the same round, is
-subtracted. What autograd, allocation and Python cost is so in the figure, and what a leaf's gradient costs is not.
+subtracted. What autograd, allocation and Python cost is so in the figure, and what a leaf's gradient costs is not. A
+residual is produced like the input, and its producer gets a gradient in the graph without the norm, too.
 
 ================  ======================================================================================
 flatwater         ``flatwater.paddle.BatchNorm2D(act=...)``, ``GroupNorm``, ``InstanceNorm2D``
@@ -44,6 +45,12 @@ GOALS: dict[str, dict[str, float]] = {
     "instance": {"paddle": 2.0},
 }
 """Geometric means to reach in the tuned environment, by :func:`goal_of` the norm and by contender."""
+
+ALONE = ("none", "group", "instance")
+"""Norms with nothing behind them."""
+
+FUSED = "fused"
+"""All others together: batch norm with an activation, a residual, or both."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +117,8 @@ def measure(
     Args:
         cases: the tensors.
         layouts: of Flatwater's and Paddle's tensors; PyTorch takes part in all of its own.
-        norms: activations behind batch norm (``none``: batch norm alone), ``group``, ``instance``.
+        norms: activations behind batch norm (``none``: batch norm alone), each also with ``+residual``, which is added
+            before it; ``group``, ``instance``.
         environments: keys of :data:`benchmarks.machine.ENVIRONMENTS`.
         torch: whether PyTorch takes part.
         count: rounds.
@@ -120,7 +128,7 @@ def measure(
     # What each framework makes for a tensor: the module of its worker, and the arguments of its handler prepare.
     made = {"paddle": ("paddle_worker", {"layouts": layouts, "norms": norms})}
     if torch and activations:
-        made["torch"] = ("torch_worker", {"activations": activations})
+        made["torch"] = ("torch_worker", {"norms": activations})
 
     rows: list[Row] = []
     described: dict[str, Any] = {}
@@ -157,7 +165,7 @@ def rows_of(
     Args:
         case: the tensor.
         times: by ``ENVIRONMENT paddle LAYOUT NORM BRAND``, ``ENVIRONMENT torch FORMAT NORM``, and with ``bare`` for
-            norm and brand the graphs without one.
+            norm and brand the graphs without one, with ``bare+residual`` those whose residual nothing is added to.
         layouts: of Flatwater's and Paddle's tensors.
         norms: what was measured.
         environments: where it was.
@@ -184,9 +192,12 @@ def rows_of(
 
 def _less_graph(times: Mapping[str, Times], graph: str, norm: str) -> dict[str, Times]:
     """By brand ("" where there is one only), what the norm adds to the graph."""
-    prefix = f"{graph} {norm}"
-    brands = {name.removeprefix(prefix).strip(): time for name, time in times.items() if name.startswith(prefix)}
-    return {brand: time - times[f"{graph} bare"] for brand, time in brands.items()}
+    bare = f"{graph} bare+residual" if norm.endswith("+residual") else f"{graph} bare"
+    found = {}
+    for name, time in times.items():
+        if f"{name} ".startswith(f"{graph} {norm} "):
+            found[name.removeprefix(f"{graph} {norm}").strip()] = time - times[bare]
+    return found
 
 
 def _ratio(time: Times, ours: Times) -> Times:
@@ -194,17 +205,20 @@ def _ratio(time: Times, ours: Times) -> Times:
     return np.divide(time, ours, out=np.full_like(ours, np.nan), where=(time > 0) & (ours > 0))
 
 
-def summarize(rows: Iterable[Row]) -> list[Summary]:
-    """Geometric mean and worst ratio by environment, layout, norm and contender."""
+def summarize(rows: Sequence[Row]) -> list[Summary]:
+    """Geometric mean and worst ratio by environment, layout, norm (also :data:`FUSED`) and contender."""
     groups: dict[tuple[str, str, str, str], list[Row]] = {}
-    for row in rows:
-        for contender in row.ratios:
-            groups.setdefault((row.environment, row.layout, row.norm, contender), []).append(row)
+    for fused in (False, True):
+        for row in rows:
+            if not fused or row.norm not in ALONE:
+                for contender in row.ratios:
+                    key = row.environment, row.layout, FUSED if fused else row.norm, contender
+                    groups.setdefault(key, []).append(row)
     found = []
     for (environment, layout, norm, contender), members in groups.items():
-        ratios = {row.shape: row.ratios[contender].median for row in members}
-        ratios = {shape: ratio for shape, ratio in ratios.items() if not math.isnan(ratio)}
-        worst = min(ratios, key=lambda shape: ratios[shape], default="")
+        ratios = {(row.shape, row.norm): row.ratios[contender].median for row in members}
+        ratios = {key: ratio for key, ratio in ratios.items() if not math.isnan(ratio)}
+        worst = min(ratios, key=lambda key: ratios[key], default=("", ""))
         found.append(
             Summary(
                 environment,
@@ -214,7 +228,7 @@ def summarize(rows: Iterable[Row]) -> list[Summary]:
                 tensors=len(ratios),
                 geometric_mean=geometric_mean(ratios.values()),
                 worst=ratios.get(worst, math.nan),
-                worst_shape=worst,
+                worst_shape=worst[0],
                 slower_on=sum(ratio < 1 for ratio in ratios.values()),
                 goal=goal_of(norm).get(contender),
             )

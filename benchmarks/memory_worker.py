@@ -64,7 +64,7 @@ def faults(shape: list[int], layout: str, brand: str, warm: int, steps: int) -> 
         warm: steps before counting begins.
         steps: steps that are counted.
     """
-    middle = nn.Identity() if brand == "bare" else MAKERS[brand](shape[1], layout, "relu")
+    middle = None if brand == "bare" else MAKERS[brand](shape[1], layout, "relu")
     graph = Graph(shape, layout, middle)
     _steady(graph, warm)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -17,26 +17,49 @@ from flatwater import kernels
 
 __all__ = ["Graph", "flatwater", "stock"]
 
-ACTIVATIONS: dict[str, Callable[[], nn.Layer]] = {"relu": nn.ReLU, "hardswish": nn.Hardswish}
+ACTIVATIONS: dict[str, Callable[[], nn.Layer]] = {"none": nn.Identity, "relu": nn.ReLU, "hardswish": nn.Hardswish}
 
 
 class Graph:
-    """A producer, perhaps a norm and activation, and a consumer; forward and backward."""
+    """A producer, perhaps a norm and activation, and a consumer; forward and backward.
 
-    def __init__(self, shape: list[int], layout: str, middle: nn.Layer) -> None:
+    A residual has a producer of its own, which without a norm gets its gradient from outside.
+
+    Args:
+        shape: (N, C, H, W).
+        layout: NCHW, NHWC.
+        middle: the norm; None for the graph without one.
+        residual: whether there is one.
+    """
+
+    def __init__(self, shape: list[int], layout: str, middle: nn.Layer | None, *, residual: bool = False) -> None:
         samples, channels, height, width = shape
         size = memory_shape((samples, channels, height, width), layout)
         self.middle = middle
-        self.x, self.gradient = paddle.randn(size), paddle.randn(size)
-        self.x.stop_gradient = False
-        self.leaves = [self.x, *middle.parameters()]
+        self.inputs, self.gradient = [paddle.randn(size) for _ in range(1 + residual)], paddle.randn(size)
+        for x in self.inputs:
+            x.stop_gradient = False
+        self.leaves = [*self.inputs, *(() if middle is None else middle.parameters())]
 
     def step(self) -> None:
         """One training step's share: both passes, gradients dropped as an optimizer's ``clear_grad`` drops them."""
-        out = self.middle(self.x * 2.0) * 0.5
-        out.backward(self.gradient)
+        x, *residuals = (leaf * 2.0 for leaf in self.inputs)
+        ends = [x * 0.5, *residuals] if self.middle is None else [self.middle(x, *residuals) * 0.5]
+        paddle.autograd.backward(ends, [self.gradient] * len(ends))
         for leaf in self.leaves:
             leaf.clear_gradient(set_to_zero=False)
+
+
+class Added(nn.Layer):  # type: ignore[misc] # Paddle's annotations are not read
+    """Paddle's batch norm, the addition of a residual, and an activation, as its ResNet has them."""
+
+    def __init__(self, norm: nn.Layer, activation: nn.Layer) -> None:
+        super().__init__()
+        self.norm, self.activation = norm, activation
+
+    def forward(self, x: paddle.Tensor, residual: paddle.Tensor) -> paddle.Tensor:
+        """``act(norm(x) + residual)``."""
+        return self.activation(self.norm(x) + residual)
 
 
 class Contenders:
@@ -51,19 +74,23 @@ class Contenders:
         Args:
             shape: (N, C, H, W), whatever the layout.
             layouts: NCHW, NHWC.
-            norms: activations behind batch norm, or ``group`` and ``instance`` norm alone.
+            norms: activations behind batch norm, also with ``+residual``, or ``group`` and ``instance`` norm alone.
 
         Returns:
-            ``LAYOUT bare``, ``LAYOUT NORM stock`` and ``LAYOUT NORM flatwater``; instance norm in NCHW only, for
-            Paddle's knows no other.
+            ``LAYOUT bare``, with ``+residual`` where a norm has one, ``LAYOUT NORM stock`` and ``LAYOUT NORM
+            flatwater``; instance norm in NCHW only, for Paddle's knows no other.
         """
         self._graphs = {}
         for layout in layouts:
-            self._graphs[f"{layout} bare"] = Graph(shape, layout, nn.Identity())
             for norm in norms:
                 if norm != "instance" or layout == "NCHW":
+                    residual = norm.endswith("+residual")
+                    bare = f"{layout} bare+residual" if residual else f"{layout} bare"
+                    if bare not in self._graphs:
+                        self._graphs[bare] = Graph(shape, layout, None, residual=residual)
                     for brand, make in (("stock", stock), ("flatwater", flatwater)):
-                        self._graphs[f"{layout} {norm} {brand}"] = Graph(shape, layout, make(shape[1], layout, norm))
+                        graph = Graph(shape, layout, make(shape[1], layout, norm), residual=residual)
+                        self._graphs[f"{layout} {norm} {brand}"] = graph
         return list(self._graphs)
 
     def time(self, contender: str, repeats: int) -> float:
@@ -77,8 +104,11 @@ def stock(channels: int, layout: str, norm: str) -> nn.Layer:
         return nn.GroupNorm(groups(channels), channels, data_format=layout)
     if norm == "instance":
         return nn.InstanceNorm2D(channels, data_format=layout)
+    activation, _, residual = norm.partition("+")
     layer = nn.BatchNorm2D(channels, data_format=layout)
-    return layer if norm == "none" else nn.Sequential(layer, ACTIVATIONS[norm]())
+    if residual:
+        return Added(layer, ACTIVATIONS[activation]())
+    return layer if norm == "none" else nn.Sequential(layer, ACTIVATIONS[activation]())
 
 
 def flatwater(channels: int, layout: str, norm: str) -> nn.Layer:
@@ -87,7 +117,7 @@ def flatwater(channels: int, layout: str, norm: str) -> nn.Layer:
         return fw.GroupNorm(groups(channels), channels, data_format=layout)
     if norm == "instance":
         return fw.InstanceNorm2D(channels, data_format=layout)
-    return fw.BatchNorm2D(channels, data_format=layout, act=norm)
+    return fw.BatchNorm2D(channels, data_format=layout, act=norm.partition("+")[0])
 
 
 def groups(channels: int) -> int:

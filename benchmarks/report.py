@@ -24,6 +24,9 @@ TITLES = {
     "none": "Batch norm",
     "relu": "Batch norm + ReLU",
     "hardswish": "Batch norm + hardswish",
+    "none+residual": "Batch norm + residual",
+    "relu+residual": "Batch norm + residual, ReLU",
+    "hardswish+residual": "Batch norm + residual, hardswish",
     "group": "Group norm",
     "instance": "Instance norm",
 }

@@ -117,24 +117,14 @@ def accuracy(network: paddle.nn.Layer, split: Split) -> float:
 
 
 def best_rates(runs: Iterable[Run]) -> dict[str, float]:
-    """Of each arm the learning rate with the highest accuracy on the validation images."""
-    best: dict[str, Run] = {}
+    """Of each arm the learning rate with the highest accuracy on the validation images, as a mean over its seeds."""
+    found: dict[str, dict[float, list[float]]] = {}
     for run in runs:
-        if run.arm not in best or run.validation > best[run.arm].validation:
-            best[run.arm] = run
-    return {arm: run.rate for arm, run in best.items()}
+        found.setdefault(run.arm, {}).setdefault(run.rate, []).append(run.validation)
+    return {arm: max(rates, key=lambda rate: np.mean(rates[rate])) for arm, rates in found.items()}
 
 
 Key = tuple[str, int, float, int]
-
-
-def _sweep() -> list[Key]:
-    """One epoch of seed 0 with each learning rate."""
-    return [(arm, SEEDS[0], rate, 1) for arm in ARMS for rate in RATES]
-
-
-def _finals(rates: dict[str, float], epochs: int) -> list[Key]:
-    return [(arm, seed, rates[arm], epochs) for seed in SEEDS for arm in ARMS]
 
 
 _data: Data
@@ -177,17 +167,18 @@ def _environment(**variables: str) -> Iterator[None]:
 def measure(
     folder: Path, store: Path, *, epochs: int, trainings: int | None, progress: Callable[[str], object]
 ) -> dict[str, Any]:
-    """Hold the emulated ranks against real ones, choose learning rates, and train every arm with every seed.
+    """Hold the emulated ranks against real ones, and train every arm with every learning rate and seed.
 
     Args:
         folder: Fashion-MNIST.
         store: JSON file that gets each training when it ends, and is gone on with when there is one.
-        epochs: of each training, but of those that choose the learning rates.
+        epochs: of each training.
         trainings: stop after so many; None for all.
         progress: is told what is being done.
 
     Returns:
-        ``batch``, ``proofs``, ``runs`` (those that count, as far as done), and of ``missing`` trainings the number.
+        ``batch``, ``proofs``, ``runs`` (as far as done), ``rates`` (of each arm the one that counts), and of
+        ``missing`` trainings the number.
     """
     data = load(folder)  # so that a missing file is told before anything starts
     document: dict[str, Any] = {"runs": [], "proofs": []}
@@ -195,40 +186,28 @@ def measure(
         document = json.loads(store.read_text(encoding="utf-8"))
     document["machine"] = machine.describe()
     runs = {run.key: run for run in (Run(**row) for row in document["runs"])}
-    left = trainings
 
     def keep() -> None:
         document["runs"] = [asdict(run) for run in runs.values()]
         store.parent.mkdir(parents=True, exist_ok=True)
         write_whole(store, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
 
-    def do(keys: list[Key]) -> int:
-        """Do what of these is missing and may be done now. How many remain."""
-        nonlocal left
-        missing = [key for key in keys if key not in runs]
-        now = missing[:left]
-        for done, run in enumerate(_trained(now, folder) if now else (), 1):
-            runs[run.key] = run
-            keep()
-            progress(f"small batches: {done} of {len(now)}, last {label(run.arm, BATCH)}: {run.validation:.2%}")
-        left = None if left is None else left - len(now)
-        return len(missing) - len(now)
-
     if not document["proofs"]:
         progress("small batches: emulated ranks beside real ones")
         document["proofs"] = [asdict(proof) for proof in prove(data.train)]
         keep()
-    progress("small batches: learning rates")
-    finals: list[Key] = []
-    missing = do(_sweep())
-    if not missing:
-        finals = _finals(best_rates(runs[key] for key in _sweep()), epochs)
-        missing = do(finals)
-    else:
-        missing += len(ARMS) * len(SEEDS)
+    keys = [(arm, seed, rate, epochs) for seed in SEEDS for arm in ARMS for rate in RATES]
+    now = [key for key in keys if key not in runs][:trainings]
+    progress(f"small batches: {len(now)} trainings")
+    for done, run in enumerate(_trained(now, folder) if now else (), 1):
+        runs[run.key] = run
+        keep()
+        progress(f"small batches: {done} of {len(now)}, last {label(run.arm, BATCH)}: {run.validation:.2%}")
+    found = [runs[key] for key in keys if key in runs]
     return {
         "batch": BATCH,
         "proofs": document["proofs"],
-        "runs": [asdict(runs[key]) for key in finals if key in runs],
-        "missing": missing,
+        "runs": [asdict(run) for run in found],
+        "rates": best_rates(found),
+        "missing": len(keys) - len(found),
     }

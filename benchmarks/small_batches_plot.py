@@ -15,7 +15,7 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 
 from benchmarks.small_batches import ARMS, BATCH
-from benchmarks.small_batches_report import Row, scores
+from benchmarks.small_batches_report import Row, counting, scores
 
 __all__ = ["draw"]
 
@@ -69,7 +69,7 @@ def command(source: Path, target: Path) -> None:
         raise click.UsageError(f"{source} holds {', '.join(parts) or 'nothing'}; measure the part small-batches first")
     if result["missing"]:
         raise click.UsageError(f"{source} lacks {result['missing']} trainings; the same command goes on with them")
-    draw(result["runs"], target)
+    draw(counting(result), target)
 
 
 if __name__ == "__main__":

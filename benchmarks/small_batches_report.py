@@ -9,7 +9,7 @@ from rich import box
 from rich.console import RenderableType
 from rich.table import Table
 
-__all__ = ["COLUMNS", "label", "results", "scores", "small_batches"]
+__all__ = ["COLUMNS", "counting", "label", "results", "scores", "small_batches"]
 
 COLUMNS = {
     "m = 0.9": "m = 0.9",
@@ -41,17 +41,22 @@ def small_batches(result: Row) -> list[RenderableType]:
     """The tables of what :func:`benchmarks.small_batches.measure` returned, as far as it came."""
     shown: list[RenderableType] = [_proofs(result["proofs"])]
     if result["runs"]:
-        shown.append(results(result["runs"], result["batch"]))
+        shown += [_rates(result), results(counting(result), result["batch"])]
     if result["missing"]:
         shown.append(f"{result['missing']} trainings to come; the same command goes on")
     return shown
+
+
+def counting(result: Row) -> list[Row]:
+    """The trainings with the learning rate that was chosen for their arm."""
+    return [run for run in result["runs"] if run["rate"] == result["rates"][run["arm"]]]
 
 
 def results(runs: Sequence[Row], batch: int) -> Table:
     """Test accuracy of every arm, the mean of its seeds and how far they lie apart."""
     seeds = {run["seed"] for run in runs}
     table = Table(
-        title=f"Test accuracy in percent, mean of {len(seeds)} seeds (lowest to highest), batch {batch} in all",
+        title=f"Test accuracy in percent, mean of {len(seeds)} seeds and lowest to highest, batch {batch} in all",
         caption="m: the share of the OLD statistics that a step keeps\n"
         f"SyncBatchNorm over any number of ranks is batch norm of all {batch} samples on one device",
         box=box.SIMPLE_HEAD,
@@ -59,11 +64,28 @@ def results(runs: Sequence[Row], batch: int) -> Table:
     table.add_column("norm, and samples\nbehind its statistics", no_wrap=True)
     table.add_column("learning\nrate", justify="right")
     for heading in COLUMNS.values():
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for arm in dict.fromkeys(run["arm"] for run in runs):
         rate = next(run["rate"] for run in runs if run["arm"] == arm)
         columns = ["m = 0.9"] if arm == "group" else [*COLUMNS]
         table.add_row(label(arm, batch), f"{rate:g}", *[_spread(scores(runs, arm, column)) for column in columns])
+    return table
+
+
+def _rates(result: Row) -> Table:
+    """Accuracy on the validation images by learning rate, which chooses one for each arm."""
+    rates = sorted({run["rate"] for run in result["runs"]})
+    table = Table(title="Validation accuracy in percent by learning rate, mean of the seeds", box=box.SIMPLE_HEAD)
+    table.add_column("norm, and samples\nbehind its statistics", no_wrap=True)
+    for rate in rates:
+        table.add_column(f"{rate:g}", justify="right")
+    for arm, chosen in result["rates"].items():
+        cells = []
+        for rate in rates:
+            found = [100 * run["validation"] for run in result["runs"] if (run["arm"], run["rate"]) == (arm, rate)]
+            text = f"{sum(found) / len(found):.2f}" if found else ""
+            cells.append(f"[bold]{text}[/]" if rate == chosen else text)
+        table.add_row(label(arm, result["batch"]), *cells)
     return table
 
 
@@ -79,4 +101,4 @@ def _proofs(rows: Sequence[Row]) -> Table:
 
 
 def _spread(values: Sequence[float]) -> str:
-    return f"{sum(values) / len(values):.2f}\n({min(values):.2f}–{max(values):.2f})"
+    return f"{sum(values) / len(values):.2f}\n{min(values):.1f}–{max(values):.1f}"

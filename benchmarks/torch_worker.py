@@ -15,7 +15,11 @@ from benchmarks.worker import serve
 
 __all__: list[str] = []
 
-ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"relu": nn.ReLU, "hardswish": nn.Hardswish}
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "none": nn.Identity,
+    "relu": nn.ReLU,
+    "hardswish": nn.Hardswish,
+}
 
 LAYOUTS = ("contiguous", "channels_last", "onednn")
 
@@ -24,18 +28,23 @@ NOT_IN_ONEDNN = ("hardswish",)
 
 
 class Graph:
-    """A producer, perhaps a norm and activation, and a consumer; forward and backward."""
+    """A producer, perhaps a norm and activation, and a consumer; forward and backward. As in Paddle's worker."""
 
-    def __init__(self, shape: list[int], layout: str, middle: nn.Module) -> None:
-        x, self.gradient = (self._as(layout, torch.randn(shape)) for _ in range(2))
-        self.x, self.middle = x.requires_grad_(), middle
+    def __init__(self, shape: list[int], layout: str, middle: nn.Module | None, *, residual: bool = False) -> None:
+        *self.inputs, self.gradient = (self._as(layout, torch.randn(shape)) for _ in range(2 + residual))
+        for x in self.inputs:
+            x.requires_grad_()
+        self.middle = middle
 
     def step(self) -> None:
         """One training step's share: both passes, gradients dropped as an optimizer's ``zero_grad`` drops them."""
-        out = self.middle(self.x * 2.0) * 0.5
-        out.backward(self.gradient)
-        self.x.grad = None
-        self.middle.zero_grad()
+        x, *residuals = (leaf * 2.0 for leaf in self.inputs)
+        ends = [x * 0.5, *residuals] if self.middle is None else [self.middle(x, *residuals) * 0.5]
+        torch.autograd.backward(ends, [self.gradient] * len(ends))
+        for leaf in self.inputs:
+            leaf.grad = None
+        if self.middle is not None:
+            self.middle.zero_grad()
 
     @staticmethod
     def _as(layout: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -44,20 +53,44 @@ class Graph:
         return tensor.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else tensor
 
 
+class Added(nn.Module):
+    """Batch norm, the addition of a residual, and an activation."""
+
+    def __init__(self, norm: nn.Module, activation: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.activation = norm, activation
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """``act(norm(x) + residual)``, the sum in place, as torchvision's ResNet has it."""
+        y: torch.Tensor = self.norm(x)
+        y += residual
+        out: torch.Tensor = self.activation(y)
+        return out
+
+
 class Contenders:
     """The graphs of the shape that is being measured, by name."""
 
     def __init__(self) -> None:
         self._graphs: dict[str, Graph] = {}
 
-    def prepare(self, shape: list[int], activations: list[str]) -> list[str]:
-        """Make the graphs for this shape; returns their names: ``LAYOUT bare`` and ``LAYOUT ACTIVATION``."""
+    def prepare(self, shape: list[int], norms: list[str]) -> list[str]:
+        """Make the graphs for this shape; returns their names: ``LAYOUT bare`` and ``LAYOUT NORM``.
+
+        Args:
+            shape: (N, C, H, W).
+            norms: activations behind batch norm; each, and ``bare``, also with ``+residual``.
+        """
         self._graphs = {}
         for layout in LAYOUTS:
-            self._graphs[f"{layout} bare"] = Graph(shape, layout, nn.Identity())
-            for activation in activations:
+            for norm in norms:
+                activation, _, residual = norm.partition("+")
                 if layout != "onednn" or activation not in NOT_IN_ONEDNN:
-                    self._graphs[f"{layout} {activation}"] = Graph(shape, layout, _norm(shape[1], activation))
+                    bare = f"{layout} bare+residual" if residual else f"{layout} bare"
+                    if bare not in self._graphs:
+                        self._graphs[bare] = Graph(shape, layout, None, residual=bool(residual))
+                    middle = _norm(shape[1], norm)
+                    self._graphs[f"{layout} {norm}"] = Graph(shape, layout, middle, residual=bool(residual))
         return list(self._graphs)
 
     def time(self, contender: str, repeats: int) -> float:
@@ -92,9 +125,12 @@ def batch_norm(source: str, target: str) -> None:
     write_results(target, {name: tensor.numpy() for name, tensor in results.items()})
 
 
-def _norm(channels: int, activation: str) -> nn.Module:
-    norm = nn.BatchNorm2d(channels)
-    return norm if activation == "none" else nn.Sequential(norm, ACTIVATIONS[activation]())
+def _norm(channels: int, norm: str) -> nn.Module:
+    activation, _, residual = norm.partition("+")
+    layer = nn.BatchNorm2d(channels)
+    if residual:
+        return Added(layer, ACTIVATIONS[activation]())
+    return layer if norm == "none" else nn.Sequential(layer, ACTIVATIONS[activation]())
 
 
 if __name__ == "__main__":

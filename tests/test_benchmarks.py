@@ -123,6 +123,9 @@ def test_the_step_that_is_timed_is_batch_norm(layout: str) -> None:
 def test_a_norm_is_what_it_adds_to_its_graph() -> None:
     case = shapes.Case((2, 3, 4, 5), ("a model",))
     times = {
+        "tuned paddle NCHW bare+residual": [5.0, 5.0, 5.0],
+        "tuned paddle NCHW relu+residual flatwater": [6.0, 6.0, 6.0],
+        "tuned paddle NCHW relu+residual stock": [9.0, 9.0, 9.0],
         "tuned paddle NCHW bare": [1.0, 2.0, 3.0],
         "tuned paddle NCHW relu flatwater": [2.0, 3.0, 4.0],
         "tuned paddle NCHW relu stock": [4.0, 5.0, 6.0],
@@ -133,13 +136,18 @@ def test_a_norm_is_what_it_adds_to_its_graph() -> None:
     }
     arrays = {name: np.array(values) for name, values in times.items()}
 
-    (row,) = layers.rows_of(case, arrays, ["NCHW"], ["relu"], ["tuned"])
+    row, added = layers.rows_of(case, arrays, ["NCHW"], ["relu", "relu+residual"], ["tuned"])
+
+    assert {name: ratio.median for name, ratio in added.ratios.items()} == {"paddle": 4.0}
 
     medians = {name: ratio.median for name, ratio in row.ratios.items()}
     assert medians == {"paddle": 3.0, "contiguous": 2.0, "channels_last": 0.5, "better torch": 0.5}
     assert row.slower_than == ["channels_last", "better torch"]
-    held = {summary.contender: summary.holds for summary in layers.summarize([row])}
+    found = layers.summarize([row, added])
+    held = {summary.contender: summary.holds for summary in found if summary.norm == "relu"}
     assert held == {"paddle": True, "contiguous": True, "channels_last": False, "better torch": False}
+    (fused,) = (summary for summary in found if (summary.norm, summary.contender) == (layers.FUSED, "paddle"))
+    assert (fused.tensors, fused.geometric_mean) == (2, pytest.approx(math.sqrt(12)))
 
 
 def test_saved_memory_is_counted_in_tensors() -> None:
@@ -226,7 +234,7 @@ def test_layers_fit_the_terminal_and_mark_where_ours_is_slower() -> None:
     text = printed(report.layers({"rows": [asdict(row) for row in rows], "summaries": summaries, "others": 0.5}))
 
     assert "…" not in text
-    assert text.count("0.87!") == 12  # two layouts: in the row, at its foot, in the summary; two environments
+    assert text.count("0.87!") == 16  # two environments, two layouts: in the row, at its foot, in both summaries
     assert "measure again" in text
 
 

@@ -15,7 +15,7 @@ from benchmarks.small_batches import ARMS, Run, accuracy, best_rates, train
 from benchmarks.small_batches_data import FOLDER, VALIDATION, Data, batches, load
 from benchmarks.small_batches_model import MOMENTA, Network, RankBatchNorm, deployed
 from benchmarks.small_batches_plot import command as plot
-from benchmarks.small_batches_report import results
+from benchmarks.small_batches_report import small_batches
 from click.testing import CliRunner
 from rich.console import Console
 
@@ -159,15 +159,22 @@ def row(arm: str, seed: int, rate: float, validation: float) -> Run:
 def test_rates_and_the_table() -> None:
     runs = [row("batch 2", 0, 0.1, 0.7), row("batch 2", 0, 0.3, 0.8), row("group", 0, 0.1, 0.9)]
     assert best_rates(runs) == {"batch 2": 0.3, "group": 0.1}
+    runs += [row("batch 2", 1, 0.1, 0.8), row("batch 2", 1, 0.3, 0.6)]
+    assert best_rates(runs) == {"batch 2": 0.1, "group": 0.1}
     assert ARMS["batch 2"] == 16
-    console = Console(width=120)
+    console = Console(width=100)
     finals = [row(arm, seed, 0.1, 0.5).__dict__ for arm in ("batch 2", "batch 32", "group") for seed in (0, 1, 2)]
     with console.capture() as captured:
-        console.print(results(finals, 32))
+        rates = {"batch 2": 0.1, "batch 32": 0.1, "group": 0.1}
+        others = [row("batch 2", seed, 0.3, 0.4).__dict__ for seed in (0, 1, 2)]
+        for table in small_batches({"batch": 32, "proofs": [], "runs": finals + others, "rates": rates, "missing": 3}):
+            console.print(table)
     shown = captured.get()
     assert "BatchNorm: 2 of 32" in shown
     assert "SyncBatchNorm: all 32" in shown
-    assert "(80.00–82.00)" in shown
+    assert "80.0–82.0" in shown
+    assert "3 trainings to come" in shown
+    assert "…" not in shown
     assert "mean of 3 seeds" in shown
 
 
@@ -177,7 +184,7 @@ def test_the_plot_is_drawn_of_all_trainings_only(tmp_path: Path) -> None:
     for parts, status, message in (
         ({"kernels": {}}, 2, "measure the part small-batches first"),
         ({"small-batches": {"runs": runs, "missing": 4}}, 2, "lacks 4 trainings"),
-        ({"small-batches": {"runs": runs, "missing": 0}}, 0, ""),
+        ({"small-batches": {"runs": runs, "rates": dict.fromkeys(ARMS, 0.1), "missing": 0}}, 0, ""),
     ):
         source.write_text(json.dumps({"parts": parts}))
         result = CliRunner().invoke(plot, [str(source), str(target)], env={"COLUMNS": "200"})
