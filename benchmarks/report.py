@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from rich import box
-from rich.console import Group, RenderableType
+from rich.console import RenderableType
 from rich.table import Table
 
 from benchmarks.host import GOAL
 from benchmarks.kernels import LIMITS
-from benchmarks.timing import QUIET, geometric_mean
+from benchmarks.tables import MISSED, Result, busy, mark, pages, right, table_of
+from benchmarks.timing import geometric_mean
 
 __all__ = ["accuracy", "host", "kernels", "layers", "memory"]
-
-Result = Mapping[str, Any]
-
-MISSED = "!"
 
 TITLES = {
     "none": "Batch norm",
@@ -47,13 +43,13 @@ def kernels(result: Result) -> list[RenderableType]:
     for layout in layouts:
         rows = [row for row in result["rows"] if row["layout"] == layout and row["dtype"] == "float32"]
         variants = _unique((row["activation"], row["residual"]) for row in rows)
-        table = _table(f"Kernels alone, {layout}: forward + backward / floor, float32", "shape", "MB", "floor\nms")
+        table = table_of(f"Kernels alone, {layout}: forward + backward / floor, float32", "shape", "MB", "floor\nms")
         for activation, residual in variants:
-            _right(table, f"{activation}\n+ residual" if residual else activation)
+            right(table, f"{activation}\n+ residual" if residual else activation)
         plain = [activation for activation, residual in variants if not residual]
         streamed = "relu" if "relu" in plain else plain[0] if plain else None
         if streamed:
-            _right(table, f"{streamed} /\nstreaming")
+            right(table, f"{streamed} /\nstreaming")
         for shape in _unique(row["shape"] for row in rows):
             found = {(row["activation"], row["residual"]): row for row in rows if row["shape"] == shape}
             first = next(iter(found.values()))
@@ -64,27 +60,27 @@ def kernels(result: Result) -> list[RenderableType]:
             table.add_row(shape, f"{first['megabytes']:.1f}", f"{floor:.3g}", *cells)
         table.caption = (
             "the floor shown is 2.5 copies; with a residual it is 3.5 (none) or 4 (relu, hardswish)\n"
-            "streaming: five passes over the same four tensors instead of copies of two\n" + _busy(result)
+            "streaming: five passes over the same four tensors instead of copies of two\n" + busy(result)
         )
         tables.append(table)
 
-    table = _table("Kernels alone, summary", "tensors", "layout", "what")
+    table = table_of("Kernels alone, summary", "tensors", "layout", "what")
     for heading in ("how\nmany", "geometric\nmean", "worst", "limit"):
-        _right(table, heading)
+        right(table, heading)
     table.add_column("worst at", no_wrap=True)
     for heading in ("streaming\nmean", "\nworst"):
-        _right(table, heading)
+        right(table, heading)
     for summary in result["summaries"]:
         size = "≥ 25 MB" if summary["size"] == "large" else "1–25 MB"
         what = summary["what"] if summary["dtype"] == "float32" else "bfloat16 / float32"
         limit = "" if summary["limit"] is None else f"{summary['limit']:.2f}"
         figures = f"{summary['tensors']}", f"{summary['geometric_mean']:.2f}"
-        worst = _mark(f"{summary['worst']:.2f}", missed=summary["holds"] is False)
+        worst = mark(f"{summary['worst']:.2f}", missed=summary["holds"] is False)
         streaming = [
             "" if summary[key] is None else f"{summary[key]:.2f}" for key in ("streaming_mean", "streaming_worst")
         ]
         table.add_row(size, summary["layout"], what, *figures, worst, limit, summary["worst_shape"], *streaming)
-    return _pages(*tables, table)
+    return pages(*tables, table)
 
 
 def layers(result: Result) -> list[RenderableType]:
@@ -95,9 +91,9 @@ def layers(result: Result) -> list[RenderableType]:
         for norm in _unique(row["norm"] for row in rows):
             chosen = [row for row in rows if row["environment"] == environment and row["norm"] == norm]
             if chosen:
-                tables.append(_layer_table(environment, norm, chosen, _busy(result)))
+                tables.append(_layer_table(environment, norm, chosen, busy(result)))
 
-    return _pages(*tables, *_layer_summaries(result["summaries"]))
+    return pages(*tables, *_layer_summaries(result["summaries"]))
 
 
 def _layer_summaries(summaries: Sequence[Result]) -> list[Table]:
@@ -105,10 +101,10 @@ def _layer_summaries(summaries: Sequence[Result]) -> list[Table]:
     tables = []
     for environment in _unique(summary["environment"] for summary in summaries):
         title = f"Layers, {environment} environment: geometric mean of their time / ours, and the worst"
-        table = _table(title, "layout", "norm")
+        table = table_of(title, "layout", "norm")
         for contender in contenders:
-            _right(table, HEADINGS[contender])
-            _right(table, "\nworst")
+            right(table, HEADINGS[contender])
+            right(table, "\nworst")
         found = {
             (summary["layout"], summary["norm"], summary["contender"]): summary
             for summary in summaries
@@ -133,20 +129,20 @@ def _layer_summary(summary: Result) -> list[str]:
     goal = summary["goal"] if summary["environment"] == "tuned" else None
     mean = summary["geometric_mean"]
     missed = goal is not None and not mean >= goal
-    return [_mark(f"{mean:.2f}", missed=missed), f"[dim]{_ratio(summary['worst'])}[/]"]
+    return [mark(f"{mean:.2f}", missed=missed), f"[dim]{_ratio(summary['worst'])}[/]"]
 
 
-def _layer_table(environment: str, norm: str, rows: Sequence[Result], busy: str) -> Table:
+def _layer_table(environment: str, norm: str, rows: Sequence[Result], quiet: str) -> Table:
     layouts = _unique(row["layout"] for row in rows)
     contenders = [name for name in HEADINGS if name != "better torch" and any(name in row["ratios"] for row in rows)]
-    table = _table(f"{TITLES[norm]} in a model, {environment} environment", "shape")
+    table = table_of(f"{TITLES[norm]} in a model, {environment} environment", "shape")
     table.show_footer = True
     table.columns[0].footer = "geometric mean"
     for layout in layouts:
-        _right(table, f"{layout}\nours ms")
+        right(table, f"{layout}\nours ms")
         for contender in contenders:
             ratios = [row["ratios"][contender]["median"] for row in rows if row["layout"] == layout]
-            _right(table, HEADINGS[contender])
+            right(table, HEADINGS[contender])
             table.columns[-1].footer = _ratio(geometric_mean(ratios))
     for shape in _unique(row["shape"] for row in rows):
         found = {row["layout"]: row for row in rows if row["shape"] == shape}
@@ -155,48 +151,48 @@ def _layer_table(environment: str, norm: str, rows: Sequence[Result], busy: str)
             cells.append(_time(found[layout]["times"]["flatwater"]["median"]))
             cells += [_ratio(found[layout]["ratios"][contender]["median"]) for contender in contenders]
         table.add_row(shape, *cells)
-    table.caption = f"others: their time / ours, above 1 ours is faster; {MISSED} ours is slower\n{busy}"
+    table.caption = f"others: their time / ours, above 1 ours is faster; {MISSED} ours is slower\n{quiet}"
     return table
 
 
 def memory(result: Result) -> list[RenderableType]:
     """The peak of a step, page faults in the steady state, and the pool."""
-    peaks = _table("Peak of resident memory in one training step", "shape", "graph")
+    peaks = table_of("Peak of resident memory in one training step", "shape", "graph")
     for heading in ("tensor\nMB", "Paddle\nMB", "ours\nMB", "saved,\ntensors"):
-        _right(peaks, heading)
+        right(peaks, heading)
     for row in result["peaks"]:
         sizes = [f"{row[name] / 1e6:.0f}" for name in ("tensor", "stock", "flatwater")]
         graph = f"{row['blocks']} × {row['neighbours']}, norm + ReLU"
-        peaks.add_row(row["shape"], graph, *sizes, _mark(f"{row['saved']:.2f}", missed=not row["holds"]))
+        peaks.add_row(row["shape"], graph, *sizes, mark(f"{row['saved']:.2f}", missed=not row["holds"]))
     peaks.caption = f"saved: (Paddle - ours) / tensor; {MISSED} less than one for each scale block, or less than none"
 
-    faults = _table("Page faults per training step in the steady state", "shape", "layout", "environment")
+    faults = table_of("Page faults per training step in the steady state", "shape", "layout", "environment")
     for heading in ("without\nnorm", "with\nPaddle's", "with\nours", "ours\nalone"):
-        _right(faults, heading)
+        right(faults, heading)
     for row in result["faults"]:
         counts = [f"{row[name]:.0f}" for name in ("bare", "stock", "flatwater")]
-        own = _mark(f"{row['own']:.1f}", missed=not row["holds"])
+        own = mark(f"{row['own']:.1f}", missed=not row["holds"])
         faults.add_row(row["shape"], row["layout"], row["environment"], *counts, own)
 
-    pool = _table("The pool after steps on all of these, default environment", "what")
-    _right(pool, "")
+    pool = table_of("The pool after steps on all of these, default environment", "what")
+    right(pool, "")
     for name, value in result["pool"].items():
         pool.add_row(name.replace("_", " "), str(value) if name in ("hits", "misses") else f"{value / 1e6:.0f} MB")
-    return _pages(peaks, faults, pool)
+    return pages(peaks, faults, pool)
 
 
 def accuracy(result: Result) -> list[RenderableType]:
     """Errors of everyone beside each other, and whether bits depend on threads."""
-    table = _table("Error against float64: RMS of the difference / RMS of the value", "data", "result")
+    table = table_of("Error against float64: RMS of the difference / RMS of the value", "data", "result")
     names = list(result["rows"][0]["rms"])
     for name in names:
-        _right(table, {"flatwater": "ours", "paddle": "Paddle", "torch": "PyTorch"}[name])
+        right(table, {"flatwater": "ours", "paddle": "Paddle", "torch": "PyTorch"}[name])
     case = None
     for row in result["rows"]:
         if case not in (None, row["case"]):
             table.add_section()
         cells = [_error(row["rms"][name]) for name in names]
-        cells[0] = _mark(cells[0], missed=not row["best"])
+        cells[0] = mark(cells[0], missed=not row["best"])
         table.add_row("" if case == row["case"] else row["case"], row["result"], *cells)
         case = row["case"]
     table.caption = f"{MISSED} ours is not the smallest; – no number came back"
@@ -204,69 +200,31 @@ def accuracy(result: Result) -> list[RenderableType]:
     bits = result["bits"]
     differing = [f"{'x'.join(map(str, row['shape']))} {row['layout']}" for row in bits if not row["same"]]
     verdict = f"[red]differ at {', '.join(differing)} {MISSED}[/]" if differing else "are the same"
-    return [*_pages(table), f"Bits for 1, 2, 3 and 8 threads {verdict} ({len(bits)} tensors)."]
-
-
-# --- Cells -------------------------------------------------------------------------------------------
+    return [*pages(table), f"Bits for 1, 2, 3 and 8 threads {verdict} ({len(bits)} tensors)."]
 
 
 def host(result: Result) -> list[RenderableType]:
     """One table: milliseconds of a training step, and the two ratios."""
-    table = _table("Training steps of whole networks, and how many times as fast as untuned Paddle's", "network")
+    table = table_of("Training steps of whole networks, and how many times as fast as untuned Paddle's", "network")
     for heading in ("untuned\nms", "flatwater\nrun, ms", "with our\nlayers, ms", "flatwater\nrun", "with our\nlayers"):
-        _right(table, heading)
+        right(table, heading)
     for row in result["rows"]:
         times = [f"{row[name]['median']:.0f}" for name in ("default", "tuned", "flatwater")]
-        tuned = _mark(f"{row['tuned_speedup']['median']:.2f}", missed=not row["holds"])
+        tuned = mark(f"{row['tuned_speedup']['median']:.2f}", missed=not row["holds"])
         table.add_row(row["model"], *times, tuned, f"{row['flatwater_speedup']['median']:.2f}")
-    table.caption = f"the goal of flatwater run alone is {GOAL:g}\n{_busy(result)}"
-    return _pages(table)
-
-
-def _table(title: str, *headings: str) -> Table:
-    table = Table(
-        title=title,
-        box=box.SIMPLE_HEAD,
-        collapse_padding=True,
-    )
-    for heading in headings:
-        if heading in ("MB", "floor\nms"):
-            _right(table, heading)
-        else:
-            table.add_column(heading, no_wrap=True)
-    return table
-
-
-def _pages(*tables: Table) -> list[RenderableType]:
-    """The tables with their titles and captions around them, where they are not folded to the table's width."""
-    pages: list[RenderableType] = []
-    for table in tables:
-        title, caption = table.title, table.caption
-        table.title = table.caption = None
-        parts: list[RenderableType] = [f"\n[bold]{title}[/]", table]
-        if caption:
-            parts.append(f"[dim]{caption}[/]\n")
-        pages.append(Group(*parts))
-    return pages
-
-
-def _right(table: Table, heading: str) -> None:
-    table.add_column(heading, justify="right", no_wrap=True)
-
-
-def _mark(text: str, *, missed: bool) -> str:
-    return f"[bold red]{text}{MISSED}[/]" if missed else text
+    table.caption = f"the goal of flatwater run alone is {GOAL:g}\n{busy(result)}"
+    return pages(table)
 
 
 def _kernel_ratio(row: Result) -> str:
     """The limits are for ReLU without a residual; tiny tensors have none."""
     ratio, limit = row["ratio"]["median"], LIMITS.get(row["size"], math.inf)
     held = row["activation"] == "relu" and not row["residual"]
-    return _mark(f"{ratio:.2f}", missed=held and ratio > limit)
+    return mark(f"{ratio:.2f}", missed=held and ratio > limit)
 
 
 def _ratio(ratio: float) -> str:
-    return "–" if math.isnan(ratio) else _mark(f"{ratio:.2f}", missed=ratio < 1)
+    return "–" if math.isnan(ratio) else mark(f"{ratio:.2f}", missed=ratio < 1)
 
 
 def _time(milliseconds: float) -> str:
@@ -275,11 +233,6 @@ def _time(milliseconds: float) -> str:
 
 def _error(error: float) -> str:
     return "–" if math.isnan(error) else f"{error:.1e}"
-
-
-def _busy(result: Result) -> str:
-    busy = f"medians of rounds; other processes kept {result['others']:.2f} processors busy"
-    return f"{busy}: [bold red]measure again when it is quiet {MISSED}[/]" if result["others"] > QUIET else busy
 
 
 def _unique(values: Iterable[Any]) -> list[Any]:

@@ -5,18 +5,18 @@ from __future__ import annotations
 from rich.console import RenderableType
 from rich.table import Table
 
-from benchmarks.report import Result, _busy, _pages, _right, _table
+from benchmarks.tables import Result, busy, pages, right, table_of
 
 __all__ = ["sync"]
 
 
 def sync(result: Result) -> list[RenderableType]:
     """Steps, sums, the model beside them, and what it says of more ranks."""
-    return _pages(_steps(result), _sums(result), _checks(result), _late(result), *_projections(result))
+    return pages(_steps(result), _sums(result), _checks(result), _late(result), *_projections(result))
 
 
 def _steps(result: Result) -> Table:
-    table = _table("SyncBatchNorm beside BatchNorm: a training step under DataParallel", "a rank's model and batch")
+    table = table_of("SyncBatchNorm beside BatchNorm: a training step under DataParallel", "a rank's model and batch")
     for heading in (
         "ranks",
         "ranks per\nprocessor",
@@ -26,22 +26,22 @@ def _steps(result: Result) -> Table:
         "in sums\nms",
         "Sync /\nBatch",
     ):
-        _right(table, heading)
+        right(table, heading)
     for row in result["steps"]:
         times = [f"{row[name]['median']:.1f}" for name in ("batch", "sync", "in_sums")]
         load = f"{row['ranks'] / result['processors']:.1f}"
         ratio = f"{row['ratio']['median']:.2f}"
         table.add_row(row["model"], f"{row['ranks']}", load, f"{len(row['channels'])}", *times, ratio)
-    table.caption = (
-        "one thread a rank; above one rank per processor, steps and sums wait for a processor too\n" + _busy(result)
+    table.caption = "one thread a rank; above one rank per processor, steps and sums wait for a processor too\n" + busy(
+        result
     )
     return table
 
 
 def _sums(result: Result) -> Table:
-    table = _table("One sum over the ranks, in microseconds", "ranks")
+    table = table_of("One sum over the ranks, in microseconds", "ranks")
     for heading in ("values", "bytes", "ours", "Paddle's", "Paddle's\n/ ours"):
-        _right(table, heading)
+        right(table, heading)
     for row in result["sums"]:
         times = [f"{row[name]['median'] * 1e3:.0f}" for name in ("flatwater", "paddle")]
         ratio = f"{row['ratio']['median']:.1f}"
@@ -56,9 +56,9 @@ def _sums(result: Result) -> Table:
 
 
 def _checks(result: Result) -> Table:
-    table = _table("The model beside the measurement: a rank's milliseconds in the sums of a step", "model", "ranks")
+    table = table_of("The model beside the measurement: a rank's milliseconds in the sums of a step", "model", "ranks")
     for heading in ("sums", "waiting", "predicted", "measured", "measured /\npredicted"):
-        _right(table, heading)
+        right(table, heading)
     for row in result["checks"]:
         times = [f"{row[name]:.1f}" for name in ("messages", "waiting", "predicted", "measured")]
         table.add_row(row["model"], f"{row['ranks']}", *times, f"{row['ratio']:.2f}")
@@ -67,7 +67,7 @@ def _checks(result: Result) -> Table:
 
 
 def _late(result: Result) -> Table:
-    table = _table("The formula beside sums whose messages come late, as over a network: milliseconds", "ranks")
+    table = table_of("The formula beside sums whose messages come late, as over a network: milliseconds", "ranks")
     for heading in (
         "messages that\nfollow each other",
         "each later\nby",
@@ -75,7 +75,7 @@ def _late(result: Result) -> Table:
         "measured",
         "measured /\npredicted",
     ):
-        _right(table, heading)
+        right(table, heading)
     for row in result["late"]:
         times = [f"{row['delay']:.2f}", f"{row['predicted']:.2f}", f"{row['measured']['median']:.2f}"]
         table.add_row(f"{row['ranks']}", f"{row['messages']}", *times, f"{row['ratio']:.2f}")
@@ -87,9 +87,9 @@ def _projections(result: Result) -> list[Table]:
     tables = []
     for name, network in result["networks"].items():
         title = f"Predicted, not measured: milliseconds per step, {name} network"
-        table = _table(title, "model", "ranks")
+        table = table_of(title, "model", "ranks")
         for heading in ("BatchNorm\nstep", "waiting\nadds", *result["projections"][0]["sums"][name]):
-            _right(table, heading.replace(", ", ",\n").replace("recursive ", "recursive\n"))
+            right(table, heading.replace(", ", ",\n").replace("recursive ", "recursive\n"))
         for row in result["projections"]:
             times = [row["step"], row["waiting"], *row["sums"][name].values()]
             table.add_row(row["model"], f"{row['ranks']}", *(f"{time:.1f}" for time in times))
