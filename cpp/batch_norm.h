@@ -28,8 +28,8 @@ struct Batch {
 
     // ---- planes as pieces ---------------------------------------------------------------------
 
-    static Pieces planes(const Problem &p, index c) {
-        return {c * p.shape.inner, p.shape.outer, p.shape.inner, p.shape.channels * p.shape.inner};
+    static Pieces planes(const Problem &p, index c, index channels = 1) {
+        return {c * p.shape.inner, p.shape.outer, p.shape.inner, p.shape.channels * p.shape.inner, channels};
     }
 
     static index slab_bytes(const Problem &p) { return p.shape.outer * p.shape.inner * index(sizeof(S)); }
@@ -37,15 +37,16 @@ struct Batch {
     // Whether what a channel writes stays in the second-level cache beside what it reads.
     static bool outputs_fit(const Problem &p) { return !is_large<S>(p) && slab_bytes(p) <= largest_slab; }
 
-    // Calls body(first, end, later) for channels [first, end) as a task, `later` elements before those that come next
-    // (0: none do): as many as it takes for what is prefetched to arrive, and few enough for every thread to have some.
+    // Calls body(first, count, later) for `count` channels as a task, `later` elements before those that come next
+    // (0: none do). There are enough tasks for every thread to have some.
     template <class Body>
     static void each_few_channels(const Problem &p, const Body &body) {
-        const index channels = p.shape.channels;
-        const index together = larger(1, smaller(bytes_together / slab_bytes(p), channels / 32));
+        const index channels = p.shape.channels, most = smaller(most_together, channels / 32);
+        const bool whole = Blocks<S>(planes(p, 0)).whole_planes();
+        const index together = whole ? larger(1, smaller(bytes_together / slab_bytes(p), most)) : 1;
         parallel_for((channels + together - 1) / together, p.shape.elements(), [&](index task) {
             const index first = task * together;
-            body(first, smaller(channels, first + together),
+            body(first, smaller(together, channels - first),
                  first + 2 * together <= channels ? together * p.shape.inner : 0);
         });
     }
@@ -58,7 +59,7 @@ struct Batch {
         Scratch<Moments> found(channels * blocks);
         parallel_for(channels * blocks, p.shape.elements(), [&](index i) {
             const S *const x = At<S>(p, 0).x;
-            found[i] = block_moments(x, Blocks<S>(planes(p, i / blocks))[i % blocks], x);
+            block_moments(x, Blocks<S>(planes(p, i / blocks))[i % blocks], x, &found[i]);
         });
         for (index c = 0; c < channels; ++c) {
             Moments all;
@@ -72,26 +73,31 @@ struct Batch {
         const index blocks = Blocks<S>(planes(p, 0)).size();
         parallel_for(p.shape.channels * blocks, p.shape.elements(), [&](index i) {
             const index c = i / blocks;
-            pieces_apply<S, A>(At<S>(p, 0), Blocks<S>(planes(p, c))[i % blocks], Affine<T>(channel_of(p, c, c)),
-                               is_large<S>(p), 0);
+            const Affine<T> f(channel_of(p, c, c));
+            pieces_apply<S, A>(At<S>(p, 0), Blocks<S>(planes(p, c))[i % blocks], &f, is_large<S>(p), 0);
             finish_streaming();
         });
     }
 
     template <Activation A>
     static void piece_forward(const Problem &p) {
-        each_few_channels(p, [&](index first, index end, index later) {
+        each_few_channels(p, [&](index first, index count, index later) {
             const At<S> at(p, 0);
-            for (index c = first; c < end; ++c) {
-                const Blocks<S> blocks(planes(p, c));
-                Moments all;
-                for (index b = 0; b < blocks.size(); ++b)
-                    add(all, block_moments(at.x, blocks[b], outputs_fit(p) ? at.y : at.x + blocks.to_next(b)));
-                set_moments(p, c, all);
-                p.inv_std[c] = inverse_deviation(all.m2, all.count, p.epsilon);
+            const Pieces pieces = planes(p, first, count);
+            const Blocks<S> blocks(pieces);
+            Moments all[most_together], found[most_together];
+            for (index b = 0; b < blocks.size(); ++b) {
+                block_moments(at.x, blocks[b], outputs_fit(p) ? at.y : at.x + blocks.to_next(b), found);
+                for (index k = 0; k < count; ++k) add(all[k], found[k]);
             }
-            for (index c = first; c < end; ++c)
-                pieces_apply<S, A>(at, planes(p, c), Affine<T>(channel_of(p, c, c)), is_large<S>(p), later);
+            Affine<T> affine[most_together];
+            for (index k = 0; k < count; ++k) {
+                const index c = first + k;
+                set_moments(p, c, all[k]);
+                p.inv_std[c] = inverse_deviation(all[k].m2, all[k].count, p.epsilon);
+                affine[k] = Affine<T>(channel_of(p, c, c));
+            }
+            pieces_apply<S, A>(at, pieces, affine, is_large<S>(p), later);
             finish_streaming();
         });
     }
@@ -109,7 +115,8 @@ struct Batch {
         parallel_for(channels * blocks, p.shape.elements(), [&](index i) {
             const index c = i / blocks;
             const At<S> at(p, 0);
-            found[i] = block_sums<S, A>(at, Blocks<S>(planes(p, c))[i % blocks], channel_of(p, c, c), {at.x, at.dy});
+            const Channel channel = channel_of(p, c, c);
+            block_sums<S, A>(at, Blocks<S>(planes(p, c))[i % blocks], &channel, {at.x, at.dy}, &found[i]);
         });
         for (index c = 0; c < channels; ++c) {
             GradientSums all;
@@ -123,31 +130,37 @@ struct Batch {
         const index blocks = Blocks<S>(planes(p, 0)).size();
         parallel_for(p.shape.channels * blocks, p.shape.elements(), [&](index i) {
             const index c = i / blocks;
-            pieces_gradient<S, A>(At<S>(p, 0), Blocks<S>(planes(p, c))[i % blocks], Affine<T>(channel_of(p, c, c)),
-                                  gradient_of(p, c), is_large<S>(p), 0);
+            const Affine<T> f(channel_of(p, c, c));
+            const Gradient<T> g = gradient_of(p, c);
+            pieces_gradient<S, A>(At<S>(p, 0), Blocks<S>(planes(p, c))[i % blocks], &f, &g, is_large<S>(p), 0);
             finish_streaming();
         });
     }
 
     template <Activation A>
     static void piece_backward(const Problem &p) {
-        each_few_channels(p, [&](index first, index end, index later) {
+        each_few_channels(p, [&](index first, index count, index later) {
             const At<S> at(p, 0);
             const S *const output = at.dx ? at.dx : at.dresidual;
-            for (index c = first; c < end; ++c) {
-                const Blocks<S> blocks(planes(p, c));
-                const Channel channel = channel_of(p, c, c);
-                GradientSums all;
-                for (index b = 0; b < blocks.size(); ++b) {
-                    const index next = blocks.to_next(b);
-                    const Soon<S> soon = outputs_fit(p) ? Soon<S>{output, at.x} : Soon<S>{at.x + next, at.dy + next};
-                    all.add(block_sums<S, A>(at, blocks[b], channel, soon));
-                }
-                set_sums(p, c, all);
+            const Pieces pieces = planes(p, first, count);
+            const Blocks<S> blocks(pieces);
+            Channel channels[most_together];
+            for (index k = 0; k < count; ++k) channels[k] = channel_of(p, first + k, first + k);
+            GradientSums all[most_together], found[most_together];
+            for (index b = 0; b < blocks.size(); ++b) {
+                const index next = blocks.to_next(b);
+                const Soon<S> soon = outputs_fit(p) ? Soon<S>{output, at.x} : Soon<S>{at.x + next, at.dy + next};
+                block_sums<S, A>(at, blocks[b], channels, soon, found);
+                for (index k = 0; k < count; ++k) all[k].add(found[k]);
             }
-            for (index c = first; c < end; ++c)
-                pieces_gradient<S, A>(at, planes(p, c), Affine<T>(channel_of(p, c, c)), gradient_of(p, c),
-                                      is_large<S>(p), later);
+            Affine<T> affine[most_together];
+            Gradient<T> gradients[most_together];
+            for (index k = 0; k < count; ++k) {
+                set_sums(p, first + k, all[k]);
+                affine[k] = Affine<T>(channels[k]);
+                gradients[k] = gradient_of(p, first + k);
+            }
+            pieces_gradient<S, A>(at, pieces, affine, gradients, is_large<S>(p), later);
             finish_streaming();
         });
     }

@@ -16,6 +16,7 @@ template <class T>
 struct Affine {
     T shift, scale, offset;
 
+    Affine() = default;
     FLATWATER_ONE_COPY
     explicit Affine(const Channel &channel)
         : shift(T(channel.mean)),
@@ -49,6 +50,7 @@ template <class T>
 struct Gradient {
     T inv_std, dz_scale, x_scale, offset;
 
+    Gradient() = default;
     FLATWATER_ONE_COPY
     Gradient(const Channel &channel, double mean_dz, double mean_dz_xhat)
         : inv_std(T(channel.inv_std)),

@@ -46,8 +46,11 @@ struct Group {
         const index length = group_channels(p) * p.shape.inner;
         const Blocks<S> blocks(Pieces{i * length, 1, length, 0});
         const S *const x = At<S>(p, 0).x;
-        Moments all;
-        for (index b = 0; b < blocks.size(); ++b) all.add(block_moments(x, blocks[b], x));
+        Moments all, found;
+        for (index b = 0; b < blocks.size(); ++b) {
+            block_moments(x, blocks[b], x, &found);
+            all.add(found);
+        }
         return all;
     }
 
@@ -72,7 +75,7 @@ struct Group {
     template <Activation A>
     static void plane_apply(const Problem &p, index i, index statistics, index later) {
         const Affine<T> f(channel_of(p, statistics, i % p.shape.channels));
-        pieces_apply<S, A>(At<S>(p, 0), plane(p, i), f, is_large<S>(p), later);
+        pieces_apply<S, A>(At<S>(p, 0), plane(p, i), &f, is_large<S>(p), later);
     }
 
     template <Activation A>
@@ -148,8 +151,11 @@ struct Group {
             for (index k = 0; k < size; ++k) {
                 const Blocks<S> blocks(plane(p, i * size + k));
                 const Channel channel = channel_of(p, i, first + k);
-                GradientSums all;
-                for (index b = 0; b < blocks.size(); ++b) all.add(block_sums<S, A>(at, blocks[b], channel, {at.x, at.dy}));
+                GradientSums all, found;
+                for (index b = 0; b < blocks.size(); ++b) {
+                    block_sums<S, A>(at, blocks[b], &channel, {at.x, at.dy}, &found);
+                    all.add(found);
+                }
                 planes[i * size + k] = GradientSums::from_shifted<T>(all, channel);
             }
             if (!p.dx && !p.dresidual) return;
@@ -157,8 +163,9 @@ struct Group {
             const index later = i + 1 < groups ? size * p.shape.inner : 0;
             for (index k = size - 1; k >= 0; --k) {
                 const Channel channel = channel_of(p, i, first + k);
-                pieces_gradient<S, A>(at, plane(p, i * size + k), Affine<T>(channel),
-                                      Gradient<T>(channel, means.dz, means.dz_xhat), is_large<S>(p), later);
+                const Affine<T> f(channel);
+                const Gradient<T> g(channel, means.dz, means.dz_xhat);
+                pieces_gradient<S, A>(at, plane(p, i * size + k), &f, &g, is_large<S>(p), later);
             }
             finish_streaming();
         });

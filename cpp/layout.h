@@ -23,8 +23,9 @@ constexpr index piece_elements = 16;
 // bytes of one tensor. On its own the processor sees no streams in so many rows.
 constexpr index bytes_ahead = 8192;
 
-// Short channels-first channels are taken together up to this many bytes of one tensor: half of a first-level cache.
-constexpr index bytes_together = 24 << 10;
+// Channels-first channels of short planes are taken together, sample by sample, so that memory is read in longer runs
+// than one plane: up to this many bytes of one tensor, which with the others stay in a second-level cache, and so many.
+constexpr index bytes_together = 96 << 10, most_together = 32;
 
 // Of one channel and tensor, where the planes to be written are asked for while those that are read are being summed.
 constexpr index largest_slab = 128 << 10;
@@ -52,10 +53,11 @@ class Scratch {
 inline index smaller(index a, index b) { return a < b ? a : b; }
 inline index larger(index a, index b) { return a > b ? a : b; }
 
-// `count` runs of `length` consecutive elements, which begin `stride` apart: a channel's planes.
+// `count` runs of `length` consecutive elements, which begin `stride` apart: a channel's planes. Behind them lie those
+// of the next `channels` - 1 channels, if `length` is that of a whole plane.
 struct Pieces {
-    index offset, count, length, stride;
-    index elements() const { return count * length; }
+    index offset, count, length, stride, channels = 1;
+    index elements() const { return count * length; }  // of one channel
 };
 
 // The same pieces, a block at a time: several short ones together, or a part of a long one.
@@ -69,6 +71,7 @@ class Blocks {
         together_ = larger(1, capacity_ / larger(1, all.length));
     }
 
+    bool whole_planes() const { return parts_ == 1; }
     index size() const { return parts_ > 1 ? all_.count * parts_ : (all_.count + together_ - 1) / together_; }
 
     Pieces operator[](index i) const {
@@ -78,7 +81,8 @@ class Blocks {
             return {all_.offset + i / parts_ * all_.stride + from, 1, length, all_.stride};
         }
         const index first = i * together_;
-        return {all_.offset + first * all_.stride, smaller(together_, all_.count - first), all_.length, all_.stride};
+        return {all_.offset + first * all_.stride, smaller(together_, all_.count - first), all_.length, all_.stride,
+                all_.channels};
     }
 
     // How far it is from a block to the one after it; 0 from the last.

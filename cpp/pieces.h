@@ -150,30 +150,42 @@ typename Element<S>::Compute block_pivot(const S *x, const Pieces &block) {
     return pivot - pivot == 0 ? pivot : T(0);
 }
 
-// Calls body<way>(i) for the whole vectors of all pieces, two ways in turn, last(i) for those that are not whole, which
-// go the second way, and flush() before the sums of either way are longer than a short run. i counts from the first
-// piece.
-template <class V, class Body, class Last, class Flush>
-inline void in_short_runs(const Pieces &block, const Rest<V> &rest, const Body &body, const Last &last,
-                          const Flush &flush) {
+// Calls begin(c) and end(c) around what is done for channel c, body<way>(i) for the whole vectors of its pieces, two ways
+// in turn, last(i) for those that are not whole, which go the second way, and flush() before the sums of either way are
+// longer than a short run. i counts from the first piece. Of short pieces, all channels of a few samples come first.
+template <class V, class Begin, class Body, class Last, class Flush, class End>
+inline void in_short_runs(const Pieces &block, const Rest<V> &rest, const Begin &begin, const Body &body,
+                          const Last &last, const Flush &flush, const End &end) {
     constexpr index longest = 2 * short_run * Lanes<V>::count;
-    const index together = short_run / (block.length / (2 * Lanes<V>::count) + 1);  // pieces in a run
-    for (index n = 0; n < block.count && together == 0; ++n) {
-        const index piece = n * block.stride, end = piece + block.length;
-        for (index start = piece; start < end; start += longest) {
-            two_ways<V>(start, smaller(end, start + longest), body);
+    const index run = short_run / (block.length / (2 * Lanes<V>::count) + 1);  // pieces; 0: not even one
+    for (index c = 0; c < block.channels && run == 0; ++c) {
+        begin(c);
+        for (index n = 0; n < block.count; ++n) {
+            const index piece = n * block.stride + c * block.length, stop = piece + block.length;
+            for (index start = piece; start < stop; start += longest) {
+                two_ways<V>(start, smaller(stop, start + longest), body);
+                flush();
+            }
+            if (rest.any) last(piece + rest.at);
             flush();
         }
-        if (rest.any) last(piece + rest.at);
-        flush();
+        end(c);
     }
-    for (index done = 0; done < block.count && together > 0; done += together) {
-        const index end = smaller(done + together, block.count);
-        for (index n = done; n < end; ++n) {
-            two_ways<V>(n * block.stride, n * block.stride + block.length, body);
-            if (rest.any) last(n * block.stride + rest.at);
+    const index turn = block.channels == 1 ? block.count : run;  // pieces of a channel before it is the next one's turn
+    for (index first = 0; first < block.count && run > 0; first += turn) {
+        const index stop = smaller(first + turn, block.count);
+        for (index c = 0; c < block.channels; ++c) {
+            begin(c);
+            for (index done = first; done < stop; done += run) {
+                for (index n = done; n < smaller(done + run, stop); ++n) {
+                    const index piece = n * block.stride + c * block.length;
+                    two_ways<V>(piece, piece + block.length, body);
+                    if (rest.any) last(piece + rest.at);
+                }
+                flush();
+            }
+            end(c);
         }
-        flush();
     }
 }
 
@@ -184,30 +196,7 @@ inline void move_into(typename Lanes<V>::wide &sum, V (&ways)[2]) {
     ways[0] = ways[1] = V{};
 }
 
-template <class S, class V>
-Deviations<V> block_deviations(const S *x, const Pieces &block, typename Element<S>::Compute pivot, const S *soon) {
-    typename Lanes<V>::wide first{}, second{};
-    const Rest<V> rest(block.length);
-    V run_first[2] = {}, run_second[2] = {};
-    const auto add = [&](index way, const V &d) {
-        run_first[way] += d;
-        run_second[way] += d * d;
-    };
-    in_short_runs<V>(
-        block, rest,
-        [&]<int way>(index i) {
-            expect(soon + i);
-            add(way, fetch<S, V>(x + i) - pivot);
-        },
-        [&](index i) { add(1, rest.only_new(fetch<S, V>(x + i) - pivot)); },
-        [&] {
-            move_into<V>(first, run_first);
-            move_into<V>(second, run_second);
-        });
-    return {sum_of_doubles(first), sum_of_doubles(second)};
-}
-
-// The same with every square in double: for values so far apart, or so close, that it is no number in float.
+// Of one channel, with every square in double: for values so far apart, or so close, that it is no number in float.
 template <class S, class V>
 Deviations<V> wide_deviations(const S *x, const Pieces &block, typename Element<S>::Compute pivot) {
     using Wide = typename Lanes<V>::wide;
@@ -229,22 +218,54 @@ Deviations<V> wide_deviations(const S *x, const Pieces &block, typename Element<
 // Deviations from a pivot near the block's mean: a large mean costs no precision.
 template <class S, class V>
 FLATWATER_ONE_COPY
-Moments vector_moments(const S *x, const Pieces &block, const S *soon) {
+void vector_moments(const S *x, const Pieces &block, const S *soon, Moments *found) {
+    using T = typename Element<S>::Compute;
+    using Wide = typename Lanes<V>::wide;
+    T pivots[most_together], pivot{};
+    Wide firsts[most_together], seconds[most_together], first{}, second{};
+    for (index c = 0; c < block.channels; ++c) {
+        pivots[c] = block_pivot<S, V>(x + c * block.length, block);
+        firsts[c] = seconds[c] = Wide{};
+    }
+    const Rest<V> rest(block.length);
+    V run_first[2] = {}, run_second[2] = {};
+    const auto add = [&](index way, const V &d) {
+        run_first[way] += d;
+        run_second[way] += d * d;
+    };
+    in_short_runs<V>(
+        block, rest,
+        [&](index c) {
+            pivot = pivots[c];
+            first = firsts[c], second = seconds[c];
+        },
+        [&]<int way>(index i) {
+            expect(soon + i);
+            add(way, fetch<S, V>(x + i) - pivot);
+        },
+        [&](index i) { add(1, rest.only_new(fetch<S, V>(x + i) - pivot)); },
+        [&] {
+            move_into<V>(first, run_first);
+            move_into<V>(second, run_second);
+        },
+        [&](index c) { firsts[c] = first, seconds[c] = second; });
     const index n = block.elements();
-    const auto pivot = block_pivot<S, V>(x, block);
-    Deviations<V> found = block_deviations<S, V>(x, block, pivot, soon);
-    if (!squares_are_exact<typename Element<S>::Compute>(found.squares, n, found.sum == 0))
-        found = wide_deviations<S, V>(x, block, pivot);
-    return Moments::of_deviations(n, double(pivot), found.sum, found.squares);
+    for (index c = 0; c < block.channels; ++c) {
+        Deviations<V> sums{sum_of_doubles(firsts[c]), sum_of_doubles(seconds[c])};
+        if (!squares_are_exact<T>(sums.squares, n, sums.sum == 0))
+            sums = wide_deviations<S, V>(x + c * block.length, block, pivots[c]);
+        found[c] = Moments::of_deviations(n, double(pivots[c]), sums.sum, sums.squares);
+    }
 }
 
-// `soon` is another tensor, or another part of x, of which memory is asked for what lies where the block does in x.
+// Of each of the block's channels. `soon` is another tensor, or another part of x, of which memory is asked for what
+// lies where the block does in x.
 template <class S>
-Moments block_moments(const S *x, const Pieces &block, const S *soon) {
+void block_moments(const S *x, const Pieces &block, const S *soon, Moments *found) {
     using E = Element<S>;
     x += block.offset, soon += block.offset;
-    return block.length < E::width ? vector_moments<S, typename E::Compute>(x, block, soon)
-                                   : vector_moments<S, typename E::Vector>(x, block, soon);
+    if (block.length < E::width) return vector_moments<S, typename E::Compute>(x, block, soon, found);
+    vector_moments<S, typename E::Vector>(x, block, soon, found);
 }
 
 // Calls body(i) for vectors that cover a piece, each with the place for what it returns.
@@ -264,25 +285,28 @@ inline void fill_piece(S *out, index begin, index length, const Body &body) {
     }
 }
 
-// `later` is how far from here lies what is worked on after this: 0 if nothing is.
+// One Affine for each channel; `later` is how far from here lies what is worked on after this: 0 if nothing is.
 template <class S, class V, Activation A, bool streaming>
 FLATWATER_ONE_COPY
-void vector_apply(const At<S> &all, const Pieces &pieces, const Affine<typename Element<S>::Compute> &affine,
+void vector_apply(const At<S> &all, const Pieces &pieces, const Affine<typename Element<S>::Compute> *affine,
                   index later) {
-    const auto f = affine;  // copies: as far as the compiler knows, what it writes could change those of the caller
-    const At<S> at = all;
-    for (index n = pieces.count - 1; n >= 0; --n) {  // backwards: what was read last is still in cache
-        fill_piece<S, V, streaming>(at.y, pieces.offset + n * pieces.stride, pieces.length, [=](index i) {
+    const At<S> at = all;  // copies: as far as the compiler knows, what it writes could change those of the caller
+    const auto piece_apply = [&](index n, index c) {
+        const auto f = affine[c];
+        const index piece = pieces.offset + n * pieces.stride + c * pieces.length;
+        fill_piece<S, V, streaming>(at.y, piece, pieces.length, [=](index i) {
             at.expect_inputs(i + later);
             V z = (fetch<S, V>(at.x + i) - f.shift) * f.scale + f.offset;
             if (at.residual) z += fetch<S, V>(at.residual + i);
             return activate<A, V>(z);
         });
-    }
+    };
+    for (index n = pieces.count - 1; n >= 0; --n)  // backwards: what was read last is still in cache
+        for (index c = 0; c < pieces.channels; ++c) piece_apply(n, c);
 }
 
 template <class S, Activation A>
-void pieces_apply(const At<S> &at, const Pieces &pieces, const Affine<typename Element<S>::Compute> &f, bool streaming,
+void pieces_apply(const At<S> &at, const Pieces &pieces, const Affine<typename Element<S>::Compute> *f, bool streaming,
                   index later) {
     using E = Element<S>;
     if (pieces.length < E::width) return vector_apply<S, typename E::Compute, A, false>(at, pieces, f, later);
@@ -302,20 +326,31 @@ struct Soon {
     }
 };
 
-// Σdz and Σdz·(x - shift)·inv_std of a block.
+// Σdz and Σdz·(x - shift)·inv_std of each of a block's channels.
 template <class S, class V, Activation A>
 FLATWATER_ONE_COPY
-GradientSums vector_sums(const At<S> &all, const Pieces &block, const Channel &channel, const Soon<S> &wanted) {
+void vector_sums(const At<S> &all, const Pieces &block, const Channel *channels, const Soon<S> &wanted,
+                 GradientSums *found) {
     using T = typename Element<S>::Compute;
-    const Affine<T> f(channel);
-    const T inv_std = T(channel.inv_std);
+    Affine<T> affine[most_together], f;
+    T inv_std{};
+    using Wide = typename Lanes<V>::wide;
+    Wide dz_sums[most_together], dz_xhat_sums[most_together], dz_sum{}, dz_xhat_sum{};
+    for (index c = 0; c < block.channels; ++c) {
+        affine[c] = Affine<T>(channels[c]);
+        dz_sums[c] = dz_xhat_sums[c] = Wide{};
+    }
     const Rest<V> rest(block.length);
     const At<S> at = all.plus(block.offset);
     const Soon<S> soon = wanted.plus(block.offset);
-    typename Lanes<V>::wide dz_sum{}, dz_xhat_sum{};
     V sum[2] = {}, product[2] = {};
     in_short_runs<V>(
         block, rest,
+        [&](index c) {
+            f = affine[c];
+            inv_std = T(channels[c].inv_std);
+            dz_sum = dz_sums[c], dz_xhat_sum = dz_xhat_sums[c];
+        },
         [&]<int way>(index i) {
             soon.expect(i);
             V shifted;
@@ -332,26 +367,30 @@ GradientSums vector_sums(const At<S> &all, const Pieces &block, const Channel &c
         [&] {
             move_into<V>(dz_sum, sum);
             move_into<V>(dz_xhat_sum, product);
-        });
-    return {sum_of_doubles(dz_sum), sum_of_doubles(dz_xhat_sum)};
+        },
+        [&](index c) { dz_sums[c] = dz_sum, dz_xhat_sums[c] = dz_xhat_sum; });
+    for (index c = 0; c < block.channels; ++c)
+        found[c] = {sum_of_doubles(dz_sums[c]), sum_of_doubles(dz_xhat_sums[c])};
 }
 
 template <class S, Activation A>
-GradientSums block_sums(const At<S> &at, const Pieces &block, const Channel &channel, const Soon<S> &soon) {
+void block_sums(const At<S> &at, const Pieces &block, const Channel *channels, const Soon<S> &soon,
+                GradientSums *found) {
     using E = Element<S>;
-    return block.length < E::width ? vector_sums<S, typename E::Compute, A>(at, block, channel, soon)
-                                   : vector_sums<S, typename E::Vector, A>(at, block, channel, soon);
+    if (block.length < E::width)
+        return vector_sums<S, typename E::Compute, A>(at, block, channels, soon, found);
+    vector_sums<S, typename E::Vector, A>(at, block, channels, soon, found);
 }
 
 template <class S, class V, Activation A, bool streaming>
 FLATWATER_ONE_COPY
-void vector_gradient(const At<S> &all, const Pieces &pieces, const Affine<typename Element<S>::Compute> &affine,
-                     const Gradient<typename Element<S>::Compute> &gradient, index later) {
-    const auto f = affine;
-    const auto g = gradient;
+void vector_gradient(const At<S> &all, const Pieces &pieces, const Affine<typename Element<S>::Compute> *affine,
+                     const Gradient<typename Element<S>::Compute> *gradients, index later) {
     const At<S> at = all;
-    for (index n = pieces.count - 1; n >= 0; --n) {
-        const index piece = pieces.offset + n * pieces.stride;
+    const auto piece_gradient = [&](index n, index c) {
+        const auto f = affine[c];
+        const auto g = gradients[c];
+        const index piece = pieces.offset + n * pieces.stride + c * pieces.length;
         const auto gradient = [=](index i, V &shifted) {
             at.expect_inputs(i + later);
             return gradient_at<S, V, A>(at, i, f, shifted);
@@ -361,7 +400,7 @@ void vector_gradient(const At<S> &all, const Pieces &pieces, const Affine<typena
                 V shifted;
                 return gradient(i, shifted);
             });
-            continue;
+            return;
         }
         fill_piece<S, V, streaming>(at.dx, piece, pieces.length, [=](index i) {
             V shifted;
@@ -369,12 +408,14 @@ void vector_gradient(const At<S> &all, const Pieces &pieces, const Affine<typena
             if (at.dresidual) place<S, V>(at.dresidual + i, dz);
             return V(dz * g.dz_scale + ((shifted * g.inv_std) * g.x_scale + g.offset));
         });
-    }
+    };
+    for (index n = pieces.count - 1; n >= 0; --n)
+        for (index c = 0; c < pieces.channels; ++c) piece_gradient(n, c);
 }
 
 template <class S, Activation A>
-void pieces_gradient(const At<S> &at, const Pieces &pieces, const Affine<typename Element<S>::Compute> &f,
-                     const Gradient<typename Element<S>::Compute> &g, bool streaming, index later) {
+void pieces_gradient(const At<S> &at, const Pieces &pieces, const Affine<typename Element<S>::Compute> *f,
+                     const Gradient<typename Element<S>::Compute> *g, bool streaming, index later) {
     using E = Element<S>;
     if (pieces.length < E::width) return vector_gradient<S, typename E::Compute, A, false>(at, pieces, f, g, later);
     if (streaming) return vector_gradient<S, typename E::Vector, A, true>(at, pieces, f, g, later);

@@ -34,9 +34,9 @@ LAYOUTS = pytest.mark.parametrize("channels_last", [False, True], ids=["NCL", "N
 EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES)
 EVERY_ACTIVATION = pytest.mark.parametrize("activation", ACTIVATIONS)
 
-# Channels so short that a task takes several, the last task fewer; and channels too long for their outputs to be
-# fetched in time, though the tensor is not written past the caches.
-TASKS = ((2, 133, 49), (40, 8, 1000))
+# Channels so short that a task takes several, the last task fewer: in one run of samples, in three, in two blocks; and
+# channels too long for their outputs to be fetched in time, though the tensor is not written past the caches.
+TASKS = ((2, 133, 49), (20, 133, 49), (24, 70, 196), (40, 8, 1000))
 
 cases = st.builds(
     make_case,
@@ -84,6 +84,26 @@ def test_channels_as_tasks(dtype: str, shape: tuple[int, int, int]) -> None:
     case = make_case(shape, dtype, activation="hardswish", residual=True)
     check_forward(case)
     check_backward(case)
+
+
+def test_channels_of_a_task_know_nothing_of_each_other() -> None:
+    case = make_case((20, 133, 49), "float32")
+    _, ordinary = forward(case)
+    odd = {40: lambda x: x * 1e-25, 41: np.zeros_like, 42: lambda x: x * 1e25, 43: lambda x: x * np.nan}
+    for channel, change in odd.items():
+        case.x[:, channel] = change(case.x[:, channel])
+    _, found = forward(case)
+    mean, m2 = like(found.mean), like(found.m2)
+    kernels.batch_statistics(case.buffer(case.x), mean, m2)  # one channel after the other
+    assert same_bits(mean, found.mean)
+    assert same_bits(m2, found.m2)
+    others = np.setdiff1d(np.arange(133), list(odd))
+    assert same_bits(found.m2[others], ordinary.m2[others])
+    exact = case.x[:, [40, 42]].astype(np.float64).var((0, 2)) * 20 * 49
+    # A deviation is rounded once, in float32; squares and sums are float64.
+    np.testing.assert_allclose(found.m2[[40, 42]], exact, rtol=2.0**-24)
+    assert found.m2[41] == 0
+    assert np.isnan(found.m2[43])
 
 
 @EVERY_DTYPE
