@@ -65,7 +65,7 @@ def faults(shape: list[int], layout: str, brand: str, warm: int, steps: int) -> 
         steps: steps that are counted.
     """
     middle = None if brand == "bare" else MAKERS[brand](shape[1], layout, "relu")
-    graph = Graph(shape, layout, middle)
+    graph = Graph(Graph.tensors(shape, layout), middle)
     _steady(graph, warm)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     _steady(graph, steps)
@@ -75,7 +75,7 @@ def faults(shape: list[int], layout: str, brand: str, warm: int, steps: int) -> 
 def bounded(shapes: list[list[int]], steps: int) -> dict[str, int]:
     """What the pool holds after steps on tensors of all these shapes, and what the process gets back from it."""
     for shape in shapes:
-        _steady(Graph(shape, "NCHW", flatwater(shape[1], "NCHW", "relu")), steps)
+        _steady(Graph(Graph.tensors(shape, "NCHW"), flatwater(shape[1], "NCHW", "relu")), steps)
     statistics, before = pool.statistics(), _resident()
     trimmed = pool.trim()
     return statistics._asdict() | {"trimmed": trimmed, "resident_fell_by": before - _resident()}

@@ -20,26 +20,34 @@ __all__ = ["Graph", "flatwater", "stock"]
 ACTIVATIONS: dict[str, Callable[[], nn.Layer]] = {"none": nn.Identity, "relu": nn.ReLU, "hardswish": nn.Hardswish}
 
 
+Tensors = tuple[paddle.Tensor, paddle.Tensor | None, paddle.Tensor]
+
+
 class Graph:
     """A producer, perhaps a norm and activation, and a consumer; forward and backward.
 
     A residual has a producer of its own, which without a norm gets its gradient from outside.
 
     Args:
-        shape: (N, C, H, W).
-        layout: NCHW, NHWC.
+        tensors: the input, the residual or None, and the gradient of the output, which several graphs may share.
         middle: the norm; None for the graph without one.
-        residual: whether there is one.
     """
 
-    def __init__(self, shape: list[int], layout: str, middle: nn.Layer | None, *, residual: bool = False) -> None:
+    def __init__(self, tensors: Tensors, middle: nn.Layer | None) -> None:
+        self.inputs, self.gradient = [x for x in tensors[:2] if x is not None], tensors[2]
+        self.middle = middle
+        self.leaves = [*self.inputs, *(() if middle is None else middle.parameters())]
+
+    @staticmethod
+    def tensors(shape: list[int], layout: str, *, residual: bool = False) -> Tensors:
+        """Random ones of this shape, (N, C, H, W) whatever the layout."""
         samples, channels, height, width = shape
         size = memory_shape((samples, channels, height, width), layout)
-        self.middle = middle
-        self.inputs, self.gradient = [paddle.randn(size) for _ in range(1 + residual)], paddle.randn(size)
-        for x in self.inputs:
-            x.stop_gradient = False
-        self.leaves = [*self.inputs, *(() if middle is None else middle.parameters())]
+        x, added = (paddle.randn(size) if wanted else None for wanted in (True, residual))
+        for leaf in (x, added):
+            if leaf is not None:
+                leaf.stop_gradient = False
+        return x, added, paddle.randn(size)
 
     def step(self) -> None:
         """One training step's share: both passes, gradients dropped as an optimizer's ``clear_grad`` drops them."""
@@ -82,15 +90,14 @@ class Contenders:
         """
         self._graphs = {}
         for layout in layouts:
+            added = Graph.tensors(shape, layout, residual=any(norm.endswith("+residual") for norm in norms))
+            plain = added[0], None, added[2]
             for norm in norms:
                 if norm != "instance" or layout == "NCHW":
-                    residual = norm.endswith("+residual")
-                    bare = f"{layout} bare+residual" if residual else f"{layout} bare"
-                    if bare not in self._graphs:
-                        self._graphs[bare] = Graph(shape, layout, None, residual=residual)
+                    bare, tensors = ("bare+residual", added) if norm.endswith("+residual") else ("bare", plain)
+                    self._graphs[f"{layout} {bare}"] = Graph(tensors, None)
                     for brand, make in (("stock", stock), ("flatwater", flatwater)):
-                        graph = Graph(shape, layout, make(shape[1], layout, norm), residual=residual)
-                        self._graphs[f"{layout} {norm} {brand}"] = graph
+                        self._graphs[f"{layout} {norm} {brand}"] = Graph(tensors, make(shape[1], layout, norm))
         return list(self._graphs)
 
     def time(self, contender: str, repeats: int) -> float:

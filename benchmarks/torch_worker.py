@@ -30,11 +30,15 @@ NOT_IN_ONEDNN = ("hardswish",)
 class Graph:
     """A producer, perhaps a norm and activation, and a consumer; forward and backward. As in Paddle's worker."""
 
-    def __init__(self, shape: list[int], layout: str, middle: nn.Module | None, *, residual: bool = False) -> None:
-        *self.inputs, self.gradient = (self._as(layout, torch.randn(shape)) for _ in range(2 + residual))
-        for x in self.inputs:
-            x.requires_grad_()
+    def __init__(self, tensors: list[torch.Tensor], middle: nn.Module | None) -> None:
+        *self.inputs, self.gradient = tensors
         self.middle = middle
+
+    @classmethod
+    def tensors(cls, shape: list[int], layout: str) -> list[torch.Tensor]:
+        """The input, the residual, and the gradient of the output."""
+        x, added, gradient = (cls._as(layout, torch.randn(shape)) for _ in range(3))
+        return [x.requires_grad_(), added.requires_grad_(), gradient]
 
     def step(self) -> None:
         """One training step's share: both passes, gradients dropped as an optimizer's ``zero_grad`` drops them."""
@@ -83,14 +87,13 @@ class Contenders:
         """
         self._graphs = {}
         for layout in LAYOUTS:
+            x, added, gradient = Graph.tensors(shape, layout)
             for norm in norms:
                 activation, _, residual = norm.partition("+")
                 if layout != "onednn" or activation not in NOT_IN_ONEDNN:
-                    bare = f"{layout} bare+residual" if residual else f"{layout} bare"
-                    if bare not in self._graphs:
-                        self._graphs[bare] = Graph(shape, layout, None, residual=bool(residual))
-                    middle = _norm(shape[1], norm)
-                    self._graphs[f"{layout} {norm}"] = Graph(shape, layout, middle, residual=bool(residual))
+                    tensors = [x, added, gradient] if residual else [x, gradient]
+                    self._graphs[f"{layout} bare+residual" if residual else f"{layout} bare"] = Graph(tensors, None)
+                    self._graphs[f"{layout} {norm}"] = Graph(tensors, _norm(shape[1], norm))
         return list(self._graphs)
 
     def time(self, contender: str, repeats: int) -> float:
