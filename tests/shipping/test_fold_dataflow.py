@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib import util
 from typing import Any
 
 import numpy as np
@@ -296,29 +295,3 @@ def test_a_model_that_multiplies_rounding_is_allowed_what_it_does_itself() -> No
     strict = fold(model, x, tolerance=1e-12)
     assert not strict.folded
     assert "this model multiplies rounding" in strict.left["norm"] or "taken back" in strict.left["norm"]
-
-
-@pytest.mark.parametrize(
-    "name", ["densenet121", "googlenet", "inception_v3", "resnext50_32x4d", "shufflenet_v2_x0_25", "vgg11"]
-)
-def test_models_of_paddle_vision(name: str) -> None:
-    options = {"batch_norm": True} if name == "vgg11" else {}
-    model = randomize(getattr(paddle.vision.models, name)(pretrained=False, **options))
-    size = {"inception_v3": 96, "googlenet": 224}.get(name, 48)
-    x = example(1, 3, size, size)
-    norms = sum(hasattr(layer, "_variance") for layer in model.sublayers())
-    report = fold(model, x)
-    assert len(report.norms) + len(report.left) == norms
-    assert report.max_rel < 1e-5
-    assert len(report.left) == (62 if name == "densenet121" else 0)
-
-
-@pytest.mark.skipif(
-    util.find_spec("paddleclas") is None, reason="paddleclas, whose networks these are, is not installed"
-)
-@pytest.mark.parametrize(("name", "left"), [("PPLCNet_x0_25", 0), ("LeViT_128S", 0), ("RepVGG_A0", 17)])
-def test_models_of_paddleclas(name: str, left: int) -> None:
-    zoo = pytest.importorskip("benchmarks.zoo", reason="run from the project's folder")
-    entry = zoo.ZOO[name]
-    model = randomize(entry.build())
-    assert len(fold(model, example(*entry.shape)).left) == left
