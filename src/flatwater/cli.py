@@ -80,7 +80,7 @@ def flatwater_command() -> None:
     """Batch normalization you can trust, from the first training step to the deployed model."""
 
 
-@flatwater_command.command("host")
+@flatwater_command.command("host", short_help="What this host needs to train fast; changes nothing.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of a table.")
 def host_command(as_json: bool) -> None:
     """Print what this host is, what it needs to train fast, and what of that is set; changes nothing."""
@@ -101,7 +101,9 @@ def host_command(as_json: bool) -> None:
     console.print("\n[dim]flatwater run -- COMMAND sets what is missing, and keeps what is yours.[/]", highlight=False)
 
 
-@flatwater_command.command("run", context_settings={"ignore_unknown_options": True})
+@flatwater_command.command(
+    "run", short_help="Run a command in that environment.", context_settings={"ignore_unknown_options": True}
+)
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 def run_command(command: tuple[str, ...]) -> None:
     """Run COMMAND in the environment this host needs: flatwater run -- python train.py.
@@ -153,7 +155,7 @@ for _command in (cli_models.inspect_command, cli_models.fold_command, cli_models
     flatwater_command.add_command(_command)
 
 
-@flatwater_command.group("ocr")
+@flatwater_command.group("ocr", short_help="Chinese text lines: train and read.")
 def ocr_group() -> None:
     """Chinese text lines, from fonts to a deployed recogniser: the worked example."""
 

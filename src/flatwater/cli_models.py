@@ -19,7 +19,7 @@ FOUND = 3
 """The exit code of a check that ran and found what it looked for; 1 is an error and 2 a wrong command line."""
 
 
-@click.command("inspect", short_help="Which norms an exported model holds, and whether each could be folded.")
+@click.command("inspect", short_help="Which norms an exported model holds, which could be folded.")
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of tables.")
 @click.option(

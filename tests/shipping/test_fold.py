@@ -314,9 +314,10 @@ def test_float64_and_several_inputs_by_name() -> None:
         (nn.Conv2D(3, 4, 1), [], InputError, "are empty"),
         (nn.Conv2D(3, 4, 1), np.zeros((1, 5, 6, 6), "float32"), SurgeryError, "does not run on the example inputs"),
         (nn.Conv2D(3, 4, 1), np.full((1, 3, 6, 6), np.nan, "float32"), SurgeryError, "yields NaN"),
+        (nn.Conv2D(3, 4, 1), np.zeros((0, 3, 6, 6), "float32"), SurgeryError, "returns no values"),
         (object(), np.zeros((1, 3, 6, 6), "float32"), SurgeryError, "not a paddle.nn.Layer"),
     ],
-    ids=["string", "nothing", "channels", "nan", "no layer"],
+    ids=["string", "nothing", "channels", "nan", "no samples", "no layer"],
 )
 def test_bad_arguments(model: Any, inputs: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message) as caught:

@@ -185,6 +185,11 @@ class PaddleView:
         arrays = list(observation.outputs.values())
         if not arrays:
             return f"{type(self.model).__name__} returns no tensor, so no change of it can be proven right"
+        if not any(array.size for array in arrays):
+            return (
+                f"{type(self.model).__name__} returns no values on the example inputs, its outputs are empty, so no "
+                "change of it can be proven right; give a batch of at least one sample"
+            )
         if any(np.isnan(array.astype(np.float64)).any() for array in arrays):
             return (
                 f"{type(self.model).__name__} yields NaN on the example inputs, so no change of it can be proven "
