@@ -47,6 +47,10 @@ MEMORY_LIMIT = 16 << 30
 """Of addresses, of which Paddle reserves more than it uses."""
 
 TIMED = ("Paddle Inference, IR on", "Paddle Inference, oneDNN", "ONNX Runtime, all")
+_ONEDNN = ("Paddle Inference, oneDNN",)
+ATTEMPTS = [(formats, without) for formats in (("paddle", "onnx"), ("paddle",)) for without in ((), _ONEDNN)]
+"""What to export, and what not to compare: the first that succeeds."""
+
 RUNS = 15
 """Of each form, unfolded and folded in turns."""
 
@@ -152,7 +156,7 @@ def _seconds(call: Callable[[], Any]) -> float:
 def _deploy(model: Any, shape: Sequence[int]) -> Row:
     """Export unfolded and folded; ONNX nodes, and the median latency of each in Paddle Inference and ONNX Runtime.
 
-    What cannot be exported is left out, its first line of complaint kept under ``refused``.
+    What cannot be exported is left out, and what was said of it stands under ``refused``.
     """
     import onnx
     import paddle
@@ -168,20 +172,21 @@ def _deploy(model: Any, shape: Sequence[int]) -> Row:
     with tempfile.TemporaryDirectory() as folder:
         for state, fold in (("unfolded", False), ("folded", True)):
             files = ModelFiles(Path(folder) / state)
-            try:
-                fw.export(model, files.prefix, spec, fold=fold)
-            except FlatwaterError as error:
-                found["refused"][f"{state} ONNX"] = str(error)[:300]
+            for formats, without in ATTEMPTS:
                 try:
-                    fw.export(model, files.prefix, spec, ("paddle",), fold=fold)
-                except FlatwaterError as error:
-                    found["refused"][f"{state} Paddle"] = str(error)[:300]
-                    continue
+                    fw.export(model, files.prefix, spec, formats, fold=fold, without=without)
+                except FlatwaterError as error:  # noqa: PERF203 # four tries at the most
+                    found["refused"].setdefault(_complaint(str(error)), []).append(state)
+                else:
+                    break
+            else:
+                continue
             if files.onnx.is_file():
                 nodes = Counter(node.op_type for node in onnx.load(str(files.onnx)).graph.node)
                 found["nodes"][state] = sum(nodes.values())
                 found["batch_norms"][state] = nodes["BatchNormalization"]
-            runs |= {(form.name, state): form.load() for form in forms_of(files, "float32") if form.name in TIMED}
+            timed = [form for form in forms_of(files, "float32") if form.name in TIMED and form.name not in without]
+            runs |= {(form.name, state): form.load() for form in timed}
         times: dict[tuple[str, str], list[float]] = {}
         for _ in range(RUNS + 2):
             for key, run in runs.items():
@@ -255,10 +260,13 @@ def markdown(rows: Sequence[Row]) -> str:
         heads = ["architecture", "ONNX nodes", "of them BatchNormalization", *(f"{form}, ms" for form in TIMED)]
         lines += ["", f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
         lines += [f"| {' | '.join([row['name'], *_deployed_cells(row['deployed'])])} |" for row in deployed]
-        refused = Counter(_refusal(text) for row in deployed for text in row["deployed"]["refused"].values())
+        refused = [
+            f"- {row['name']}, {' and '.join(dict.fromkeys(states))}: {complaint}"
+            for row in deployed
+            for complaint, states in row["deployed"]["refused"].items()
+        ]
         if refused:
-            lines += ["", "Not exported (–), each state and format counted by itself:", ""]
-            lines += [f"- {count} × {text}" for text, count in refused.most_common()]
+            lines += ["", "What `fw.export` refused (–), and why:", "", *refused]
     failed = [row for row in rows if "error" in row]
     if failed:
         lines += ["", "Not measured:", "", *(f"- {row['name']} ({row['package']}): {row['error']}" for row in failed)]
@@ -273,9 +281,9 @@ def _deployed_cells(found: Row) -> list[str]:
     return [both(found["nodes"]), both(found["batch_norms"]), *times]
 
 
-def _refusal(text: str) -> str:
-    """A complaint without what differs from model to model."""
-    return _number.sub("…", re.sub(r"'[^']*'", "…", text.partition(": ")[2] or text))
+def _complaint(text: str) -> str:
+    """The first clause of an export's error, without the model's name."""
+    return re.sub(r"/\S*/", "", text).partition(": ")[2].partition("; ")[0][:160] or text[:160]
 
 
 @click.command()

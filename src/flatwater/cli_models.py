@@ -105,6 +105,12 @@ def fold_command(
 @_inputs
 @_batch
 @_tolerance
+@click.option(
+    "--without",
+    multiple=True,
+    metavar="FORM",
+    help="A form that is not compared, by its name in the table; may be given again.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of a table.")
 @click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Also write the table as a page.")
 def verify_command(
@@ -113,6 +119,7 @@ def verify_command(
     inputs: tuple[Path, ...],
     batch: tuple[int, ...],
     tolerance: float | None,
+    without: tuple[str, ...],
     as_json: bool,
     html: Path | None,
 ) -> int:
@@ -124,7 +131,7 @@ def verify_command(
     Exit code: 0 if all agree, 3 if not, 1 for an error, as a file that is not a model.
     """
     with quiet():
-        report = verify_models(path, inputs, against=against, batch_sizes=batch, tolerance=tolerance)
+        report = verify_models(path, inputs, against=against, batch_sizes=batch, tolerance=tolerance, without=without)
     if html is not None:
         write_whole(html, verify_page(report, str(path)))
     if as_json:

@@ -85,6 +85,7 @@ def verify_models(
     batch_sizes: Sequence[int] = (1, 2, 17),
     tolerance: float | None = None,
     decode: Decode | None = None,
+    without: Sequence[str] = (),
 ) -> VerifyReport:
     """Run the same inputs through every form of an exported model, and compare, where there is no live model.
 
@@ -102,11 +103,12 @@ def verify_models(
         batch_sizes: where the model fixes the batch, only that one is run.
         tolerance: default :data:`flatwater.verify.TOLERANCES` for the dtype of the parameters (float32: 1e-4), or more
             where the model multiplies rounding, see :mod:`flatwater.rounding`.
-        decode: see :func:`flatwater.paddle.verify`.
+        decode, without: see :func:`flatwater.paddle.verify`.
 
     Raises:
         CheckpointError: there is no model, or a file is not one.
-        InputError: several models in the folder, or inputs that are not what the model takes.
+        InputError: several models in the folder, inputs that are not what the model takes, or a form to be left out
+            that there is not.
         ExportError: the reference cannot be loaded.
         VerificationError: it does not run, and has norms that use the batch.
         BackendError: a package is not installed.
@@ -148,6 +150,7 @@ def verify_models(
         findings=findings,
         look=look_inside(reference),
         adapt=tolerance is None,
+        without=without,
     )
 
 

@@ -79,7 +79,7 @@ def test_every_field_is_set_and_said() -> None:
     text = str(report)
     assert "policy: 4 norm layers, 3 changed" in text
     assert "body.1  BatchNorm2D -> GroupNorm  norm group_norm (norms.yaml, line 6)" in text
-    assert "note: a GroupNorm has no place for moving statistics; they are kept aside" in text
+    assert "note: GroupNorm has no place for moving statistics; they are kept aside" in text
     assert "momentum 0.9 -> 0.8 (norms.yaml, line 2)" in text
     assert "note: a GroupNorm keeps no statistics, so no momentum" in text
     assert [norm["path"] for norm in report.as_dict()["norms"]] == ["stem.1", "body.1", "head.1", "head.2"]

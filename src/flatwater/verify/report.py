@@ -58,6 +58,7 @@ class VerifyRow:
         argmax: the share of places at which the largest class is the same, see
             :func:`~flatwater.verify.compare.same_argmax`; None for outputs without classes. It does not decide.
         decoded: the share of samples that are decoded alike; None if nothing was to be decoded.
+        broken: whether the form did not load or run at all.
     """
 
     form: str
@@ -69,6 +70,7 @@ class VerifyRow:
     note: str | None = None
     argmax: float | None = None
     decoded: float | None = None
+    broken: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ class VerifyReport:
             the last place; None where nothing was off, or that is within the tolerance.
         diverging: where a form that failed starts to compute something else; None if no number is off, or nothing
             could be looked into.
+        left_out: forms that were not to be compared.
     """
 
     rows: list[VerifyRow]
@@ -90,6 +93,7 @@ class VerifyReport:
     findings: list[Finding] = field(default_factory=list)
     diverging: Divergence | None = None
     noise: float | None = None
+    left_out: list[str] = field(default_factory=list)
 
     @property
     def passed(self) -> bool:
@@ -110,6 +114,7 @@ class VerifyReport:
             "findings": [finding._asdict() for finding in self.findings],
             "noise": self.noise if self.noise is not None and math.isfinite(self.noise) else None,
             "diverging": None if self.diverging is None else self.diverging._asdict(),
+            "left_out": self.left_out,
         }
 
     @property
@@ -129,6 +134,7 @@ class VerifyReport:
         remarks += [f"{finding.layer}: {finding.problem}" for finding in self.findings]
         remarks += [self.rounding] if self.rounding else []
         remarks += [f"{self.diverging.form}: {self.diverging.words}"] if self.diverging else []
+        remarks += [f"{form}: not compared, as was asked for" for form in self.left_out]
         return list(dict.fromkeys(remarks))
 
     def summary(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from flatwater.errors import CheckpointError
+from flatwater.errors import CheckpointError, InputError
 from flatwater.rounding import NOISE_FACTOR, shaken, with_rounding
 from flatwater.verify.compare import Difference, largest_difference, same_argmax, same_items
 from flatwater.verify.divergence import find_divergence
@@ -28,6 +28,7 @@ def compare_forms(
     findings: Sequence[Finding] = (),
     look: Look | None = None,
     adapt: bool = False,
+    without: Sequence[str] = (),
 ) -> VerifyReport:
     """Run ``inputs`` at every batch size through the live model and every form.
 
@@ -44,10 +45,16 @@ def compare_forms(
         findings: what is known to be wrong already; a report with findings does not pass.
         adapt: where something is off, allow what rounding does to this model, see :mod:`flatwater.rounding`.
         look: shows what the layers of ``live`` write, to say where the first form that fails starts to differ.
+        without: names of forms that are not compared, which the report says.
 
     Raises:
+        InputError: ``without`` names a form that there is not.
         CheckpointError: a file is not a model of its kind.
     """
+    if unknown := [name for name in without if name not in {form.name for form in forms}]:
+        known = ", ".join(repr(form.name) for form in forms)
+        raise InputError(f"without={list(unknown)!r} is no form of this model; its forms are {known}")
+    forms = [form for form in forms if form.name not in without]
     batches = {size: resize_batch(inputs, size) for size in batch_sizes}
     expected = {size: live(batch) for size, batch in batches.items()}
     rows = []
@@ -64,15 +71,14 @@ def compare_forms(
             broken = f"cannot be loaded: {one_line(error)}"
         for size, batch in batches.items():
             if run is None:
-                rows.append(VerifyRow(form.name, size, None, None, tolerance, passed=False, note=broken))
+                rows.append(_broken(form.name, size, tolerance, broken))
                 continue
             try:
                 actual = run([array.copy() for array in batch])
             except MemoryError:
                 raise
             except Exception as error:  # as above
-                note = f"fails to run: {one_line(error)}"
-                rows.append(VerifyRow(form.name, size, None, None, tolerance, passed=False, note=note))
+                rows.append(_broken(form.name, size, tolerance, f"fails to run: {one_line(error)}"))
                 continue
             found = largest_difference(expected[size], actual)
             limit = tolerance
@@ -90,7 +96,11 @@ def compare_forms(
         form, size = moved
         diverging = _explain(form, look, batches[size], with_rounding(tolerance, noise.get(size, 0.0)))
     multiplied = [one for one in noise.values() if with_rounding(tolerance, one) > tolerance]
-    return VerifyReport(rows, reference, list(findings), diverging, max(multiplied, default=None))
+    return VerifyReport(rows, reference, list(findings), diverging, max(multiplied, default=None), list(without))
+
+
+def _broken(name: str, size: int, tolerance: float, note: str) -> VerifyRow:
+    return VerifyRow(name, size, None, None, tolerance, passed=False, note=note, broken=True)
 
 
 def _row(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import paddle
 
 from flatwater.errors import CheckpointError, InputError
 from flatwater.paddle.running import Inputs, flatten, run, to_numpy
+from flatwater.paddle.shipping.inference import load_inference
 from flatwater.paddle.shipping.probes import Load, look_into
 from flatwater.verify import Arrays, Form, Inside, Run, one_line
 
@@ -91,7 +92,7 @@ def inference_forms(program: Path, parameters: Path, dtype: str) -> list[Form]:
     """Paddle Inference with its IR passes off, on, and on with oneDNN, which has no float64."""
 
     def form(words: str, *, ir: bool, onednn: bool) -> Form:
-        load = functools.partial(_run_inference, ir=ir, onednn=onednn)
+        load = functools.partial(load_inference, ir=ir, onednn=onednn)
         inside = _inside(program, parameters, load)
         return Form(f"Paddle Inference, {words}", functools.partial(load, program, parameters), inside)
 
@@ -104,7 +105,7 @@ def inference_forms(program: Path, parameters: Path, dtype: str) -> list[Form]:
 
 def _inside(program: Path, parameters: Path, load: Load) -> Callable[[], Inside]:
     # paddle.jit.load runs a program as it stands, but only one of the newer format.
-    plain = _run_program if program.suffix == ".json" else functools.partial(_run_inference, ir=False, onednn=False)
+    plain = _run_program if program.suffix == ".json" else functools.partial(load_inference, ir=False, onednn=False)
     return functools.partial(look_into, program, parameters, plain, load)
 
 
@@ -145,29 +146,5 @@ def _run_program(program: Path, parameters: Path) -> Run:
     def call(arrays: Arrays) -> Arrays:
         with paddle.no_grad():
             return [to_numpy(tensor) for tensor in flatten(layer(*map(paddle.to_tensor, arrays)))]
-
-    return call
-
-
-def _run_inference(program: Path, parameters: Path, *, ir: bool, onednn: bool) -> Run:
-    from paddle import inference
-
-    config = inference.Config(str(program), str(parameters))
-    config.disable_glog_info()
-    config.switch_ir_optim(ir)
-    if onednn:
-        config.enable_mkldnn()
-    else:
-        config.disable_mkldnn()
-    predictor = inference.create_predictor(config)
-    names: Sequence[str] = predictor.get_input_names()
-
-    def call(arrays: Arrays) -> Arrays:
-        for name, array in zip(names, arrays, strict=True):
-            handle = predictor.get_input_handle(name)
-            handle.reshape(array.shape)
-            handle.copy_from_cpu(array)
-        predictor.run()
-        return [predictor.get_output_handle(name).copy_to_cpu() for name in predictor.get_output_names()]
 
     return call

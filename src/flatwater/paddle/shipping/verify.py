@@ -29,6 +29,7 @@ def verify(
     batch_sizes: Sequence[int] = (1, 2, 17),
     tolerance: float | None = None,
     decode: Decode | None = None,
+    without: Sequence[str] = (),
     show: bool = True,
 ) -> VerifyReport:
     """Run the same inputs through the live model and every form exported at ``path``, and compare.
@@ -53,11 +54,13 @@ def verify(
             where the model multiplies rounding, see :mod:`flatwater.rounding`.
         decode: from the list of a model's outputs, as arrays, to one item a sample, such as the text that was read.
             A row in which an item differs from that of the live model does not pass.
+        without: names of forms that are not compared, as ``["Paddle Inference, oneDNN"]`` where nobody deploys with it.
         show: print the table.
 
     Raises:
         CheckpointError: there is no model at ``path``, or a file is not one.
-        InputError: inputs that are not tensors or hold no sample, or a batch size that is not positive.
+        InputError: inputs that are not tensors or hold no sample, a batch size that is not positive, or a form that
+            there is not.
         SurgeryError: the live model does not run on the inputs.
     """
     files = ModelFiles(path)
@@ -82,6 +85,7 @@ def verify(
             findings=findings,
             look=look,
             adapt=tolerance is None,
+            without=without,
         )
     if show:
         Console().print(report)

@@ -169,7 +169,7 @@ def _freeze(model: paddle.nn.Layer, path: str, layer: Any) -> None:
     if not is_frozen(layer):
         restore(layer)
     if not isinstance(layer, BATCH_NORMS):
-        raise SurgeryError(f"a {type(layer).__name__} has no moving statistics to freeze")
+        raise SurgeryError(f"{type(layer).__name__} has no moving statistics to freeze")
     report = freeze(model, pattern=glob.escape(path))
     if report.left:
         raise SurgeryError(report.left[path])

@@ -280,7 +280,7 @@ def _become(layer: Any, kind: type, attributes: dict[str, Any]) -> str | None:
             note = "its moving statistics begin at mean 0 and variance 1; train or recalibrate before evaluating"
         present |= former.statistics or _new_statistics(layer, channels, weight)
     elif former.statistics:
-        note = f"a {kind.__name__} has no place for moving statistics; they are kept aside for fw.revert()"
+        note = f"{kind.__name__} has no place for moving statistics; they are kept aside for fw.revert()"
     _set_parameters(layer, present)
     own[_FORMER] = former
     return note
