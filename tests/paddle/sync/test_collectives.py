@@ -75,7 +75,7 @@ def test_a_fault_is_said_once_and_remembered(
     with pytest.raises(DistributedError, match="start again from the last checkpoint") as caught:
         sums.sum(np.zeros(2), OPERATION, 0.2)
     assert said in str(caught.value)
-    assert "rank 1 cannot be asked" in str(caught.value)
+    assert "rank 1 cannot be asked: the store, which rank 0 hosts, does not answer" in str(caught.value)
     assert transport.closed  # so that whoever waits for this rank knows
     with pytest.raises(DistributedError, match="cannot run after an earlier fault: forward of"):
         sums.sum(np.zeros(2), OPERATION, 0.2)

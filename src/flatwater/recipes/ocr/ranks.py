@@ -18,7 +18,8 @@ from paddle import distributed
 
 import flatwater.paddle as fw
 from flatwater.errors import ConfigError, DataError
-from flatwater.paddle.sync.collectives import Operation, communicator_of, world_ranks
+from flatwater.paddle.sync.collectives import Operation, communicator_of
+from flatwater.paddle.sync.groups import world_ranks
 from flatwater.recipes.ocr.config import Config
 from flatwater.recipes.ocr.data import Batch
 
@@ -96,7 +97,7 @@ class World:
         if self.size == 1:
             return list(values)
         communicator = communicator_of(world_ranks(None), None, paddle.CPUPlace())
-        operation = Operation(what, "average", len(values), detail)
+        operation = Operation(what, "exchange", len(values), detail)
         return [float(total) for total in communicator.sum(np.array(values, np.float64), operation, TIMEOUT)]
 
     def settle(self, model: paddle.nn.Layer) -> None:
