@@ -81,6 +81,17 @@ def test_a_fault_is_said_once_and_remembered(
         sums.sum(np.zeros(2), OPERATION, 0.2)
 
 
+@pytest.mark.usefixtures("communicator")  # which leaves no store to ask
+def test_that_rank_0_is_gone_is_said_once() -> None:
+    sums = Communicator((0, 1, 2, 3), 1, raising(ConnectionError("rank 0 closed it")))
+    with pytest.raises(DistributedError) as caught:
+        sums.sum(np.zeros(2), OPERATION, 0.2)
+    assert (
+        "seen: rank 0, which hosts the store, does not answer: it died, or cannot be reached, "
+        "so that ranks 2, 3 cannot be asked; let every rank"
+    ) in str(caught.value)
+
+
 def test_an_interrupted_sum_is_the_last(communicator: Callable[[Imagined], Communicator]) -> None:
     transport = raising(KeyboardInterrupt())
     sums = communicator(transport)

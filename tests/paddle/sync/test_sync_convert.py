@@ -81,13 +81,15 @@ def test_revert_is_the_exact_inverse(home: str) -> None:
 
 
 @pytest.mark.parametrize("home", KINDS)
-def test_alone_a_converted_model_computes_what_it_did(home: str) -> None:
+def test_alone_a_converted_model_computes_what_it_did(home: str, monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = {"any": (3, 5, 5, 4), "one": (3, 4, 5), "two": (3, 5, 5, 4), "three": (3, 4, 2, 5, 5)}
     random = np.random.default_rng(1)
     inputs = {path: paddle.to_tensor(random.standard_normal(shape).astype("float32")) for path, shape in shapes.items()}
     model, other = make_model(home), make_model(home)
     fw.convert(other)  # the same kernels
     fw.convert_sync_batchnorm(model)
+    # And it costs what that costs: nobody is looked for.
+    monkeypatch.setattr("flatwater.paddle.sync.layer.communicator_of", None)
     for path, x in inputs.items():
         np.testing.assert_array_equal(model[path](x).numpy(), other[path](x).numpy())
         np.testing.assert_array_equal(model[path]._variance.numpy(), other[path]._variance.numpy())

@@ -70,7 +70,10 @@ def _joined(tensors: list[paddle.Tensor]) -> Statistics:
 
 
 class AverageStatistics(paddle.callbacks.Callback):
-    """For ``paddle.Model.fit``: :func:`average_statistics` before each evaluation, and before a checkpoint is saved.
+    """For ``paddle.Model.fit``: :func:`average_statistics` at the end of each epoch and before each evaluation.
+
+    Callbacks run in the order of their list. The checkpoints of ``fit(save_dir=...)`` are written after them all; a
+    ``ModelCheckpoint`` of one's own has to stand behind this callback, or it saves what one rank has.
 
     Args:
         process_group, timeout: as for :func:`average_statistics`.
