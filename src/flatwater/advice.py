@@ -12,6 +12,7 @@ import io
 import math
 from collections import Counter
 from dataclasses import asdict, dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 from rich.console import Console
@@ -30,6 +31,7 @@ __all__ = [
     "Choice",
     "Kind",
     "LayerAdvice",
+    "check_count",
     "choose_groups",
     "choose_norm",
     "steadier_momentum",
@@ -108,8 +110,7 @@ def choose_norm(
     """
     given = {"samples": samples, "world_size": world_size, "positions": positions, "channels": channels}
     for name, number in given.items():
-        if number is not None and number < 1:
-            raise InputError(f"{name}={number} must be at least 1")
+        check_count(name, number)
     seen = f"{samples} sample{'s' if samples != 1 else ''} per device"
     if samples >= ENOUGH_SAMPLES:
         return Choice("batch_norm", f"{seen}, at least {ENOUGH_SAMPLES}")
@@ -131,6 +132,12 @@ def choose_norm(
         alone = f"{few}; but group norm has nothing to average over: one channel at one position{single}"
         return Choice("batch_norm", alone, momentum=steadier)
     return Choice("group_norm", f"{few}; {_described(groups, channels, positions)}", groups, steadier)
+
+
+def check_count(name: str, number: Any) -> None:
+    """Raise InputError for a number of things that is none; None is not known."""
+    if number is not None and (isinstance(number, bool) or not isinstance(number, Integral) or number < 1):
+        raise InputError(f"{name}={number!r} must be at least 1, and a whole number")
 
 
 def _default_groups(channels: int) -> int:

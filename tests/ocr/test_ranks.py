@@ -11,14 +11,19 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from PIL import ExifTags, Image
 
-from flatwater.errors import ConfigError, DataError
+import flatwater.paddle as fw
+from flatwater.errors import ConfigError, DataError, DistributedError
 from flatwater.host import Host, decisions
 from flatwater.paddle.kinds import BATCH_NORMS
-from flatwater.recipes.ocr import checkpoint, config, results
+from flatwater.paddle.sync.collectives import Operation
+from flatwater.recipes.ocr import checkpoint, config, data, preprocess, render, results
+from flatwater.recipes.ocr import ranks as ranks_of
 from flatwater.recipes.ocr.data import DataSource
 from flatwater.recipes.ocr.model import build
 from flatwater.recipes.ocr.ranks import World
@@ -146,16 +151,90 @@ def rank_1(folder: Path) -> int:
     return trainers(folder)[1]
 
 
-def test_shares_are_the_batch() -> None:
-    batch = DataSource(config.load(None, SETTINGS)).train_batch(0)
-    shares = [World(rank, 3).share(batch) for rank in range(3)]
-    for index, whole in enumerate(batch):
-        dealt = np.empty_like(whole)
+def check_shares(source: DataSource, step: int, ranks: int) -> None:
+    """What the ranks have are the lines that one process has, of the same size."""
+    whole = source.train_batch(step)
+    shares = [source.train_batch(step, rank=rank, ranks=ranks) for rank in range(ranks)]
+    for name in ("images", "frames", "labels", "label_lengths", "alignment"):
+        expected = getattr(whole, name)
+        if expected is None:
+            assert all(getattr(share, name) is None for share in shares)
+            continue
+        dealt = np.empty_like(expected)
         for rank, share in enumerate(shares):
-            dealt[rank::3] = share[index]  # type: ignore[index]
-        np.testing.assert_array_equal(dealt, whole)
-    with pytest.raises(DataError, match=r"too few for 50 ranks"):
-        World(0, 50).share(batch)
+            dealt[rank::ranks] = getattr(share, name)
+        np.testing.assert_array_equal(dealt, expected, err_msg=name)
+    assert {share.whole for share in shares} == {whole.whole} == {len(whole.images)}
+
+
+def test_shares_are_the_batch() -> None:
+    source = DataSource(config.load(None, SETTINGS))
+    for step in range(3):
+        check_shares(source, step, ranks=3)
+
+
+def test_a_rank_makes_pictures_of_its_own_lines_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = DataSource(config.load(None, SETTINGS))
+    whole = source.train_batch(0).images.shape
+    made = []
+    photograph = render._photograph
+    monkeypatch.setattr(render, "_photograph", lambda ink, *more: made.append(ink.shape) or photograph(ink, *more))
+    source.train_batch(0, rank=1, ranks=3)
+    assert made == [(len(range(1, whole[0], 3)), *whole[2:])]
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> DataSource:
+    """Labelled images of several widths, JPEG and PNG, of which EXIF turns two."""
+    generator = np.random.default_rng(0)
+    names = []
+    for number in range(6):
+        picture = Image.fromarray(generator.integers(0, 256, (40, 60 + 30 * number), dtype=np.uint8))
+        names.append(f"{number}.{'png' if number % 2 else 'jpg'}")
+        exif = picture.getexif()
+        if number >= 4:
+            picture = picture.rotate(-90, expand=True)  # as a camera held upright stores it
+            exif[ExifTags.Base.Orientation] = 8
+        picture.save(tmp_path / names[-1], exif=exif)
+    labels = tmp_path / "list.txt"
+    labels.write_text("".join(f"{name}\t的\n" for name in names), encoding="utf-8")
+    return DataSource(
+        config.load(
+            None,
+            [
+                *SETTINGS,
+                "data.fonts=[]",
+                f"data.labels={labels}",
+                f"data.test_labels={labels}",
+                "train.batch_characters=48",
+            ],
+        )
+    )
+
+
+def test_shares_of_labelled_images_are_the_batch(pictures: DataSource, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in range(3):
+        check_shares(pictures, step, ranks=2)
+    for sample in pictures.test_set():
+        assert preprocess.line_width(sample.picture) == sample.image().shape[-1]
+    read = []
+    monkeypatch.setattr(data, "load_line", lambda path: read.append(path) or preprocess.load_line(path))
+    pictures.train_batch(0, rank=1, ranks=3)
+    assert len(read) == 2
+    with pytest.raises(DataError, match=r"data.labels makes batches of 6 lines, too few for 50 ranks"):
+        pictures.train_batch(0, rank=0, ranks=50)
+
+
+def test_an_image_that_nobody_can_read_is_named_by_every_rank(tmp_path: Path) -> None:
+    path = tmp_path / "line.png"
+    path.write_bytes(b"no picture")
+    for read in (preprocess.line_width, preprocess.load_line):
+        with pytest.raises(DataError, match=r"line\.png: cannot be read"):
+            read(path)
+    Image.new("L", (9000, 32)).save(path)
+    for read in (preprocess.line_width, preprocess.load_line):
+        with pytest.raises(DataError, match=r"line\.png: is 9000 x 32 pixels"):
+            read(path)
 
 
 def test_more_ranks_than_lines_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,6 +258,26 @@ def test_auto_looks_at_the_share_of_a_rank(ranks: int, expected: str) -> None:
     model, policy = build(settings, classes=20, ranks=ranks)
     assert policy is not None
     assert [type(layer).__name__ for layer in model.sublayers() if isinstance(layer, BATCH_NORMS)] == [expected] * 5
+
+
+@pytest.mark.parametrize("norm", ["norm=sync_batch_norm", "norm.rules=[{norm: sync_batch_norm}]"])
+def test_ranks_wait_as_long_as_the_configuration_says(norm: str) -> None:
+    model, _ = build(config.load(None, [norm, "train.timeout=7"]), classes=20, ranks=2)
+    layers = [layer for layer in model.sublayers() if isinstance(layer, fw.SyncBatchNorm)]
+    assert [layer._timeout for layer in layers] == [7.0] * 5
+    assert config.load(None, []).train.timeout == 60
+
+
+def test_what_ranks_exchange_is_called_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gone:
+        def sum(self, values: Any, operation: Operation, timeout: float) -> None:
+            raise DistributedError(f"{operation}, {timeout:g} s; {operation.advice}")
+
+    monkeypatch.setattr(ranks_of, "communicator_of", lambda *_: Gone())
+    with pytest.raises(DistributedError) as caught:
+        World(0, 2, timeout=5.0).sum("the loss of step 7", [1.5])
+    assert "exchange of the loss of step 7 (1 number), 5 s; go on from the last checkpoint" in str(caught.value)
+    assert "raise train.timeout" in str(caught.value)
 
 
 def test_ranks_on_one_host_share_its_processors() -> None:

@@ -98,7 +98,7 @@ def test_the_reasons_say_what_was_seen() -> None:
     reasons = {one.path: one.reason for one in report.layers}
     assert "2 samples per device, fewer than 16, and one device; 16 groups of 3 channels, as 32" in reasons["wide.1"]
     assert "4 groups of 2 channels; more would hold one channel each" in reasons["narrow.1"]
-    assert "OwnForward is a subclass with a forward of its own" in reasons["own"]
+    assert "OwnForward is a subclass, which may do more" in reasons["own"]
     assert "1 group of 8 channels; more would hold fewer than 16 values each" in reasons["pooled"]
     assert "nothing to average over" in reasons["scalar"]
     assert "do not reach it" in reasons["unreached"]
@@ -131,6 +131,34 @@ class Twice(nn.Layer):
 
 def test_the_smallest_batch_of_a_layer_decides() -> None:
     assert fw.advise(Twice(), inputs=paddle.zeros([32, 4])).layers[0].batch == (1, 1)
+
+
+class OfADict(nn.Layer):
+    """As PaddleDetection's models are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2D(4)
+
+    def forward(self, inputs: dict[str, paddle.Tensor]) -> paddle.Tensor:
+        return self.norm(inputs["image"]) * inputs["scale"]
+
+
+def test_a_model_may_take_one_dict() -> None:
+    image, scale = np.zeros((2, 4, 3, 3), "float32"), paddle.ones([2, 1, 1, 1])
+    inputs = {"image": image, "scale": scale}
+    report = fw.advise(OfADict(), inputs=[inputs], world_size=1)
+    assert (report.batch_size, report.layers[0].batch) == (2, (2, 9))
+    model = OfADict()
+    rules = [{"norm": "auto"}, {"zero_init_residual": False}]
+    fw.apply_policy(model, rules, inputs=[inputs], world_size=1)
+    assert type(model.norm) is fw.GroupNorm
+    with pytest.raises(SurgeryError, match=r"for a model that takes one dict, give \[that dict\]"):
+        fw.advise(OfADict(), inputs=inputs)
+    with pytest.raises(InputError, match="an example input is a str"):
+        fw.advise(OfADict(), inputs=[{"image": "x.png"}])
+    with pytest.raises(InputError, match="the example inputs are empty"):
+        fw.advise(OfADict(), inputs=[{}])
 
 
 def test_nothing_is_different_afterwards() -> None:
@@ -221,10 +249,13 @@ def test_what_cannot_be_asked() -> None:
         fw.advise(model, inputs=paddle.zeros([2, 3, 8, 8]), batch_size=3)
     with pytest.raises(InputError, match="give one of input_spec= and inputs="):
         fw.advise(model, batch_size=2)
-    with pytest.raises(InputError, match="batch size 0 is not positive"):
+    with pytest.raises(InputError, match="batch_size=0 must be at least 1"):
         fw.advise(model, batch_size=0, input_spec=SPEC)
     with pytest.raises(InputError, match="world_size=0 must be at least 1"):
         fw.advise(model, batch_size=2, world_size=0, input_spec=SPEC)
+    for wrong in ("2", 2.5, True):
+        with pytest.raises(InputError, match=f"batch_size={wrong!r} must be at least 1, and a whole number"):
+            fw.advise(model, batch_size=wrong, input_spec=SPEC)  # type: ignore[arg-type]
     with pytest.raises(SurgeryError, match="does not run on inputs made from its input_spec"):
         fw.advise(model, batch_size=2, input_spec=[paddle.static.InputSpec([None, 5, 8, 8])])
     with pytest.raises(SurgeryError, match="does not run on the inputs"):

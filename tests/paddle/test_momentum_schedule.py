@@ -114,8 +114,11 @@ def test_it_goes_on_where_it_was() -> None:
     assert one.step() == other.step()
     with pytest.raises(InputError, match="is not the state of a MomentumSchedule"):
         other.set_state_dict({"last_epoch": 3})
-    with pytest.raises(InputError, match="position=-1 is no step"):
-        other.step(-1)
+    with pytest.raises(InputError, match="is not the state of a MomentumSchedule"):
+        other.set_state_dict({"position": True})
+    for wrong in (-1, 2.7, True, "2"):
+        with pytest.raises(InputError, match=f"position={wrong!r} is no step"):
+            other.step(wrong)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("by", "position"), [("step", 6), ("epoch", 2)])

@@ -16,7 +16,7 @@ from paddle import nn
 from paddle.amp.auto_cast import amp_initialize
 
 import flatwater.paddle as fw
-from flatwater.errors import BackendError, ConfigError, FlatwaterError, InputError, StatisticsError, SurgeryError
+from flatwater.errors import BackendError, ConfigError, FlatwaterError, StatisticsError, SurgeryError
 from flatwater.paddle.policy import applied as applied_module
 from flatwater.policy import Policy
 
@@ -345,40 +345,6 @@ def test_what_stays_float32_is_marked_for_mixed_precision() -> None:
     assert model.head[1].weight.dtype == paddle.float32
     assert model.head[2].weight.dtype == paddle.bfloat16
     assert model.head[0].weight.dtype == paddle.bfloat16
-
-
-@pytest.mark.parametrize(
-    ("inputs", "world", "kinds"),
-    [
-        ((16, 3, 4, 4), 1, [fw.BatchNorm2D, fw.BatchNorm2D]),
-        ((2, 3, 4, 4), 1, [fw.GroupNorm, fw.GroupNorm]),
-        ((2, 3, 4, 4), 4, [fw.SyncBatchNorm, fw.SyncBatchNorm]),
-    ],
-)
-def test_auto_looks_at_the_batch(inputs: tuple[int, ...], world: int, kinds: list[type]) -> None:
-    model = network()
-    before = state_of(model)
-    report = fw.apply_policy(model, [{"norm": "auto"}], inputs=example(*inputs), world_size=world)
-    assert [type(model.stem[1]), type(model.body[1])] == kinds
-    assert "note: auto leaves what was built as group_norm" in str(report)
-    assert f"{inputs[0]} samples per device" in str(report)
-    fw.revert(model, pattern="stem.*")
-    after = state_of(model)
-    assert all(np.array_equal(after[name], value) for name, value in before.items() if name.startswith("stem"))
-    again = network()
-    fw.apply_policy(again, [{"match": "stem.*", "norm": "auto"}], batch_size=inputs[0], world_size=world)
-    assert type(again.stem[1]) is kinds[0]
-
-
-def test_auto_names_what_the_inputs_do_not_reach() -> None:
-    model = network()
-    model.unused = nn.BatchNorm2D(3)
-    with pytest.raises(ConfigError, match="rule 1: norm=auto for 'unused', which the inputs do not reach"):
-        fw.apply_policy(model, [{"norm": "auto"}], inputs=example(16, 3, 4, 4))
-    with pytest.raises(SurgeryError, match="does not run on the inputs"):
-        fw.apply_policy(model, [{"norm": "auto"}], inputs=example(16, 5, 4, 4))
-    with pytest.raises(InputError, match="samples=0"):
-        fw.apply_policy(model, [{"match": "stem.*", "norm": "auto"}], batch_size=0)
 
 
 class Residuals(nn.Layer):

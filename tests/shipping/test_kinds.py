@@ -220,7 +220,7 @@ class Mine(nn.BatchNorm2D):
 @pytest.mark.parametrize(
     ("layer", "target", "groups", "reason"),
     [
-        (lambda: Mine(4), "group_norm", None, "subclass with a forward of its own"),
+        (lambda: Mine(4), "group_norm", None, "subclass, which may do more"),
         (lambda: nn.LayerNorm(4), "group_norm", None, "normalizes over features"),
         (lambda: nn.BatchNorm(4, act="sigmoid"), "group_norm", None, "'sigmoid' is not one that is fused"),
         (lambda: nn.BatchNorm(4, act="sigmoid"), None, None, "'sigmoid' is not one that is fused"),

@@ -22,6 +22,7 @@ __all__ = [
     "fixed_randomness",
     "flatten",
     "layers_of",
+    "map_tensors",
     "parameter_dtype",
     "run",
     "to_numpy",
@@ -30,7 +31,7 @@ __all__ = [
 
 
 class Inputs:
-    """Example inputs, as the arguments with which a model is called."""
+    """Example inputs, as the arguments with which a model is called: tensors, or what :func:`as_inputs` nests."""
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.args = args
@@ -41,21 +42,39 @@ class Inputs:
         return [to_numpy(tensor) for tensor in (*self.args, *self.kwargs.values())]
 
 
-def as_inputs(inputs: Any) -> Inputs:
+def as_inputs(inputs: Any, *, nested: bool = False) -> Inputs:
     """A tensor or array, a list or tuple of them (arguments in order), or a dict (arguments by name).
+
+    Args:
+        nested: whether an argument may itself be a dict, list or tuple of tensors, for callers that only run the model.
 
     Raises:
         InputError: there is none, or something that is neither a tensor nor an array.
     """
+    convert = _nest if nested else _tensor
     if isinstance(inputs, Mapping):
-        converted = Inputs((), {str(name): _tensor(value) for name, value in inputs.items()})
+        converted = Inputs((), {str(name): convert(value) for name, value in inputs.items()})
     elif isinstance(inputs, Sequence) and not isinstance(inputs, str):
-        converted = Inputs(tuple(_tensor(value) for value in inputs), {})
+        converted = Inputs(tuple(convert(value) for value in inputs), {})
     else:
         converted = Inputs((_tensor(inputs),), {})
-    if not converted.args and not converted.kwargs:
+    if not flatten([*converted.args, *converted.kwargs.values()]):
         raise InputError("the example inputs are empty; give what you would call the model with")
     return converted
+
+
+def map_tensors(value: Any, change: Callable[[Any], Any]) -> Any:
+    """``value`` with each tensor, or whatever is no dict, list or tuple, changed."""
+    if isinstance(value, Mapping):
+        return {name: map_tensors(item, change) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        items = [map_tensors(item, change) for item in value]
+        return items if isinstance(value, list) else tuple(items)
+    return change(value)
+
+
+def _nest(value: Any) -> Any:
+    return map_tensors(value, _tensor)
 
 
 def _tensor(value: Any) -> paddle.Tensor:

@@ -75,10 +75,21 @@ def test_a_fault_is_said_once_and_remembered(
     with pytest.raises(DistributedError, match="start again from the last checkpoint") as caught:
         sums.sum(np.zeros(2), OPERATION, 0.2)
     assert said in str(caught.value)
-    assert "rank 1 cannot be asked" in str(caught.value)
+    assert "rank 1 cannot be asked: the store, which rank 0 hosts, does not answer" in str(caught.value)
     assert transport.closed  # so that whoever waits for this rank knows
     with pytest.raises(DistributedError, match="cannot run after an earlier fault: forward of"):
         sums.sum(np.zeros(2), OPERATION, 0.2)
+
+
+@pytest.mark.usefixtures("communicator")  # which leaves no store to ask
+def test_that_rank_0_is_gone_is_said_once() -> None:
+    sums = Communicator((0, 1, 2, 3), 1, raising(ConnectionError("rank 0 closed it")))
+    with pytest.raises(DistributedError) as caught:
+        sums.sum(np.zeros(2), OPERATION, 0.2)
+    assert (
+        "seen: rank 0, which hosts the store, does not answer: it died, or cannot be reached, "
+        "so that ranks 2, 3 cannot be asked; let every rank"
+    ) in str(caught.value)
 
 
 def test_an_interrupted_sum_is_the_last(communicator: Callable[[Imagined], Communicator]) -> None:

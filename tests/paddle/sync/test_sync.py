@@ -10,7 +10,7 @@ import paddle
 import pytest
 from cluster import run_world
 from sync_cases import CASES, STEPS
-from train_worker import make_model, model_batch
+from train_worker import FAR, make_model, model_batch
 
 import flatwater.paddle as fw
 
@@ -62,6 +62,7 @@ def test_one_collective_per_direction_whose_size_is_that_of_the_layer(results: R
         assert rank["sizes"].tolist() == [15, 14]
         assert set(rank["sent"].tolist()) == {8 * 16, 8 * 15}
         assert rank["sent"].size <= 2 * 2
+        assert rank["operators' sizes"].tolist() == [15, 15]  # the gradient of the count travels along
 
 
 def test_data_parallel_averages_to_the_gradient_of_the_mean_loss(results: Results) -> None:
@@ -73,6 +74,48 @@ def test_data_parallel_averages_to_the_gradient_of_the_mean_loss(results: Result
         for index, gradient in expected.items():
             # A few hundred float32 products and sums of Paddle's convolutions, in another order.
             assert np.abs(rank[f"gradient {index}"] - gradient).max() <= 1e-5 * scale
+
+
+def test_data_parallel_of_unequal_shares_far_from_zero(results: Results) -> None:
+    expected = FAR.expected(len(results))[0]
+    for index, rank in enumerate(results):
+        mine = FAR.slices(len(results))[index]
+        for key in ("dx", "dweight", "dbias"):
+            whole = expected[key]
+            found, wanted = rank[f"unequal {key}"], whole[mine] if key == "dx" else whole
+            # 16 roundings to float32, of the largest value of all ranks.
+            assert np.abs(found - wanted).max(initial=0.0) <= TOLERANCE["float32"] * np.abs(whole).max(), key
+
+
+def test_what_is_captured_without_its_whole_graph_computes_the_same(results: Results) -> None:
+    for rank in results:
+        for key in ("mean", "gradient"):
+            # The same kernels on the same numbers; the framework's own operators may be fused in another order.
+            np.testing.assert_allclose(rank[f"captured {key}"], rank[f"eager {key}"], rtol=1e-5, atol=1e-6)
+
+
+def test_a_single_value_on_all_ranks_passes_through_where_that_is_asked_for(results: Results) -> None:
+    for index, rank in enumerate(results):
+        np.testing.assert_array_equal(rank["single y"], np.zeros((int(index == 0), 2)))  # relu of -3
+        np.testing.assert_array_equal(rank["single mean"], [0.0, 0.0])
+        assert "got 1 values per channel on ranks" in str(rank["single error"])
+        assert "single_value='passthrough'" in str(rank["single error"])
+
+
+def test_bfloat16_statistics_are_read_as_numbers(results: Results) -> None:
+    for rank in results:
+        # Two digits and a half is what bfloat16 holds.
+        np.testing.assert_allclose(rank["bfloat16 averaged"], [(len(results) - 1) / 2] * 2, rtol=2.0**-8)
+        np.testing.assert_allclose(rank["bfloat16 moving"], [0.9 * 3 + 0.1 * 5, 0.9 * 3 + 0.1 * 2], rtol=2.0**-8)
+
+
+def test_fit_evaluates_and_saves_the_statistics_of_all_ranks(results: Results) -> None:
+    for rank in results:
+        np.testing.assert_array_equal(rank["fit evaluated"], results[0]["fit evaluated"])
+        np.testing.assert_array_equal(rank["fit end"], results[0]["fit end"])
+    first, second = results[0]["fit evaluated"]
+    assert (first != second).all()  # training went on in between
+    np.testing.assert_array_equal(results[0]["fit saved"], [first, second, results[0]["fit end"]])
 
 
 def test_a_second_derivative_is_refused(results: Results) -> None:

@@ -17,6 +17,7 @@ from paddle.base import core
 from sync_cases import CASES, CHANNELS, STEPS, Case
 
 import flatwater.paddle as fw
+from flatwater.errors import SingleValueError
 from flatwater.paddle.sync.doubling import DoublingTransport, _Link
 from flatwater.paddle.sync.transport import DeviceTransport
 
@@ -77,7 +78,11 @@ def count_collectives(rank: int) -> dict[str, np.ndarray]:
             sent.clear()
         layer.eval()
         layer(x)
-    found["eval"] = np.array(len(sums))
+        found["eval"] = np.array(len(sums))
+        layer.train()
+        with by_operators():
+            layer(x).sum().backward()
+        found["operators' sizes"] = np.array(sums)
     return found
 
 
@@ -87,6 +92,101 @@ def data_parallel(rank: int, world: int) -> dict[str, np.ndarray]:
     x = paddle.to_tensor(model_batch(world)[2 * rank : 2 * rank + 2])
     model(x).square().mean().backward()
     return {f"gradient {i}": p.grad.numpy() for i, p in enumerate(model.parameters()) if not p.stop_gradient}
+
+
+FAR = Case(data_format="NHWC", act="leaky_relu", residual=True, mean=1e4, shares=(5, 0, 3, 2))
+
+
+def data_parallel_of_unequal_shares(rank: int, world: int) -> dict[str, np.ndarray]:
+    """Gradients of one layer under DataParallel, of losses that are sums: the averages of dγ and dβ times the ranks."""
+    norm = fw.SyncBatchNorm(CHANNELS, data_format=FAR.data_format, act=FAR.act)
+    for name, value in FAR.parameters().items():
+        getattr(norm, name).set_value(value)
+    wrapped = paddle.DataParallel(norm)
+    mine = FAR.slices(world)[rank]
+    batch = {name: paddle.to_tensor(array[mine]) for name, array in FAR.batch(world, 0).items()}
+    batch["x"].stop_gradient = False
+    (wrapped(batch["x"], batch["residual"]) * batch["dy"]).sum().backward()
+    gradients = {"dx": batch["x"].grad, "dweight": norm.weight.grad * world, "dbias": norm.bias.grad * world}
+    return {f"unequal {name}": gradient.numpy() for name, gradient in gradients.items()}
+
+
+def captured(rank: int) -> dict[str, np.ndarray]:
+    """Two steps of a model as it is, and of the same under ``to_static(full_graph=False)``."""
+    x = paddle.to_tensor(np.random.default_rng(rank).standard_normal((2, 3, 8, 8)).astype("float32"))
+    found = {}
+    for name in ("eager", "captured"):
+        model = make_model(fw.SyncBatchNorm)
+        called = paddle.jit.to_static(model, full_graph=False) if name == "captured" else model
+        for _ in range(2):
+            called(x).square().mean().backward()
+        found |= {f"{name} mean": model[3]._mean.numpy(), f"{name} gradient": model[0].weight.grad.numpy()}
+    return found
+
+
+def single_values(rank: int) -> dict[str, np.ndarray]:
+    """One value per channel, on rank 0 alone."""
+    x = paddle.full([1 if rank == 0 else 0, 2], -3.0)
+    layer = fw.SyncBatchNorm(2, act="relu", single_value="passthrough")
+    found = {"single y": layer(x).numpy(), "single mean": layer._mean.numpy()}
+    try:
+        fw.SyncBatchNorm(2)(x)
+    except SingleValueError as error:
+        return found | {"single error": np.array(str(error))}
+    return found | {"single error": np.array("no error")}
+
+
+def in_bfloat16(rank: int) -> dict[str, np.ndarray]:
+    """Moving statistics that are bfloat16: averaged, and followed as on a device."""
+    plain = fw.BatchNorm1D(2).to(dtype="bfloat16")
+    plain._mean.set_value(paddle.full([2], float(rank), "bfloat16"))
+    fw.average_statistics(plain)
+    synchronised = fw.SyncBatchNorm(2).to(dtype="bfloat16")
+    synchronised._mean.set_value(paddle.full([2], 3.0, "bfloat16"))
+    with by_operators():
+        synchronised(paddle.to_tensor([[4.0, 2.0], [6.0, 2.0]]).astype("bfloat16"))
+    return {
+        "bfloat16 averaged": plain._mean.astype("float32").numpy(),
+        "bfloat16 moving": synchronised._mean.astype("float32").numpy(),
+    }
+
+
+class Numbers(paddle.io.Dataset):
+    """Samples that differ from rank to rank, so that moving statistics do."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.int64]:
+        return np.full(3, float(index**2), "float32"), np.int64(index % 2)
+
+
+class Look(paddle.callbacks.Callback):
+    """What an evaluation finds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.means: list[np.ndarray] = []
+
+    def on_eval_begin(self, logs: Any = None) -> None:
+        self.means.append(self.model.network[0]._mean.numpy())
+
+
+def fitted(folder: str) -> dict[str, np.ndarray]:
+    """Stock batch norm in ``paddle.Model.fit``; rank 0 saves after each epoch and at the end."""
+    network = paddle.nn.Sequential(paddle.nn.BatchNorm1D(3), paddle.nn.Linear(3, 2))
+    model = paddle.Model(network)
+    optimiser = paddle.optimizer.SGD(0.1, parameters=network.parameters())
+    model.prepare(optimiser, paddle.nn.CrossEntropyLoss())
+    look = Look()
+    callbacks = [fw.AverageStatistics(), look]
+    where = Path(folder) / f"fit{distributed.get_world_size()}"
+    model.fit(Numbers(), Numbers(), batch_size=2, epochs=2, verbose=0, callbacks=callbacks, save_dir=str(where))
+    found = {"fit evaluated": np.stack(look.means), "fit end": network[0]._mean.numpy()}
+    if distributed.get_rank() == 0:
+        saved = [paddle.load(str(where / f"{name}.pdparams"))["0._mean"].numpy() for name in ("0", "1", "final")]
+        found["fit saved"] = np.stack(saved)
+    return found
 
 
 def make_model(norm: Any) -> paddle.nn.Layer:
@@ -196,7 +296,8 @@ def main(folder: str) -> None:
     results |= second_derivative()
     results |= device_transport(rank, world)
     results |= data_parallel(rank, world) | pairs(rank, world) | recomputed(rank) | converted(rank, world)
-    results |= count_collectives(rank)
+    results |= data_parallel_of_unequal_shares(rank, world) | captured(rank) | single_values(rank) | in_bfloat16(rank)
+    results |= fitted(folder) | count_collectives(rank)
     np.savez(Path(folder) / f"{rank}.npz", **results)
 
 

@@ -6,14 +6,20 @@ from typing import Any
 
 import paddle
 
-from flatwater.advice import AdviceReport, Batch, LayerAdvice, choose_norm
+from flatwater.advice import AdviceReport, Batch, LayerAdvice, check_count, choose_norm
 from flatwater.errors import InputError
 from flatwater.paddle.choosing.walk import batch_size_of, batches_of, inputs_of
 from flatwater.paddle.kinds import BATCH_NORMS, INSTANCE_NORMS, normalizes_by_batch
 from flatwater.paddle.running import as_inputs, layers_of
 from flatwater.paddle.surgery.recast import channels_of, is_recast, kind_of, recast_obstacle
 
-__all__ = ["advise", "advise_layer", "why_it_stays"]
+__all__ = ["UNREACHED", "advise", "advise_layer", "why_it_stays"]
+
+UNREACHED = (
+    "the inputs do not reach it in eval(): it belongs to a branch of training alone, is not used, "
+    "or is hidden in a forward captured by to_static"
+)
+"""Why nothing is known of a norm layer."""
 
 
 def advise(
@@ -39,8 +45,8 @@ def advise(
     :func:`flatwater.advice.steadier_momentum`.
 
     Frozen layers, and group, instance and layer norms, stay: the batch plays no part in them. So do layers that the
-    inputs do not reach, of which nothing is known. A layer that cannot be another kind of norm (a subclass with a
-    forward of its own, or one whose γ and β are frozen), and one that group norm would leave a single value to
+    inputs do not reach, of which nothing is known. A layer that cannot be another kind of norm (a subclass of somebody
+    else's, or one whose γ and β are frozen), and one that group norm would leave a single value to
     normalize, is advised to stay batch norm, with a higher momentum.
 
     The model runs once with the whole batch, in ``eval()`` and without gradients, so that branches of training alone
@@ -50,22 +56,25 @@ def advise(
         batch_size: samples on one device in one forward pass (not over gradient accumulation).
         world_size: how many devices share statistics; None for as many as there are.
         input_spec: as for :func:`~flatwater.paddle.export`; or else
-        inputs: a batch of what the model would be called with in training, as for :func:`~flatwater.paddle.fold`.
+        inputs: a batch of what the model would be called with in training, as for :func:`~flatwater.paddle.fold`; an
+            argument may be a dict or list of tensors, so that ``[{"image": x}]`` is for a model that takes one dict.
 
     Returns:
         A table of all norm layers, and the policy to act on it: ``fw.apply_policy(model, report.policy())``.
 
     Raises:
-        InputError: neither or both of ``input_spec`` and ``inputs``, a batch size that is missing or contradicts
-            them, or a number below 1.
-        SurgeryError: ``model`` is not a ``paddle.nn.Layer``, has no norm layers, or does not run.
+        InputError: a model without norm layers, neither or both of ``input_spec`` and ``inputs``, a batch size that is
+            missing or contradicts them, or a number that is not a whole one from 1 on.
+        SurgeryError: ``model`` is not a ``paddle.nn.Layer``, or does not run.
     """
     norms: dict[str, Any] = {path: layer for path, layer in layers_of(model) if kind_of(layer) is not None}
     if not norms:
         raise InputError(f"{type(model).__name__} has no norm layer; there is nothing to advise on")
     if (input_spec is None) == (inputs is None):
         raise InputError("give one of input_spec= and inputs=, to see what batch each layer gets")
-    example = as_inputs(inputs) if inputs is not None else inputs_of(model, input_spec, batch_size)
+    for name, number in (("batch_size", batch_size), ("world_size", world_size)):
+        check_count(name, number)
+    example = as_inputs(inputs, nested=True) if inputs is not None else inputs_of(model, input_spec, batch_size)
     size = batch_size_of(example)
     if batch_size not in (None, size):
         raise InputError(f"batch_size={batch_size} contradicts inputs of {size} samples; drop one of them")
@@ -85,7 +94,7 @@ def advise_layer(path: str, layer: Any, batch: Batch | None, world_size: int) ->
     name, channels = type(layer).__name__, channels_of(layer)
     staying = why_it_stays(layer)
     if staying is None and batch is None:
-        staying = "the inputs do not reach it (a forward captured by to_static hides its layers)"
+        staying = UNREACHED
     if staying is not None or batch is None:
         alone = "; it has one value to normalize at a time, so that it gives β whatever it reads"
         return LayerAdvice(path, name, channels, batch, None, f"{staying}{alone if _is_constant(layer, batch) else ''}")

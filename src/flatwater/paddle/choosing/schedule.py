@@ -86,11 +86,11 @@ class MomentumSchedule(paddle.callbacks.Callback):
         """Go on to the next step or epoch, or to the one that is given; returns its momentum.
 
         Raises:
-            InputError: a position below 0.
+            InputError: a position that is not a whole number from 0 on.
         """
         position = self._position + 1 if position is None else position
-        if position < 0:
-            raise InputError(f"position={position} is no {self._curve.by}; they count from 0")
+        if type(position) is bool or not hasattr(position, "__index__") or position < 0:
+            raise InputError(f"position={position!r} is no {self._curve.by}; they are whole numbers and count from 0")
         self._position = position
         for layer in self._layers.values():
             # Asked anew: a layer may have been frozen since, or made another kind of norm.
@@ -109,7 +109,7 @@ class MomentumSchedule(paddle.callbacks.Callback):
             InputError: it is not such a state.
         """
         position = state.get("position")
-        if not isinstance(position, int):
+        if isinstance(position, bool) or not isinstance(position, int):
             raise InputError(f"{dict(state)!r} is not the state of a MomentumSchedule; give what state_dict() returned")
         self.step(position)
 

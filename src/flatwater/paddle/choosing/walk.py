@@ -11,7 +11,7 @@ import paddle
 
 from flatwater.advice import Batch
 from flatwater.errors import ExportError, InputError, SurgeryError
-from flatwater.paddle.running import Inputs, as_inputs, undisturbed
+from flatwater.paddle.running import Inputs, as_inputs, flatten, undisturbed
 from flatwater.paddle.shipping.examples import check_input_spec, make_examples
 from flatwater.paddle.surgery.population import first_tensor
 from flatwater.paddle.surgery.recast import channels_of
@@ -47,8 +47,8 @@ def inputs_of(model: paddle.nn.Layer, input_spec: Any, batch_size: int | None) -
 
 
 def batch_size_of(inputs: Inputs) -> int:
-    """Samples: the first size of the first input."""
-    shape = next(iter((*inputs.args, *inputs.kwargs.values()))).shape
+    """Samples: the first size of the first input; of a dict, the first by name."""
+    shape = flatten([*inputs.args, *inputs.kwargs.values()])[0].shape
     if not shape or not shape[0]:
         raise InputError(f"the first input has the shape {shape}, so no samples; give a batch")
     return int(shape[0])
@@ -80,8 +80,9 @@ def batches_of(model: paddle.nn.Layer, norms: Mapping[str, Any], inputs: Inputs)
         try:
             model(*inputs.args, **inputs.kwargs)
         except Exception as error:  # whatever the model's own code raises
+            alone = "; a dict is taken for arguments by name: for a model that takes one dict, give [that dict]"
             raise SurgeryError(
                 f"{type(model).__name__} does not run on the inputs: {one_line(error)}; "
-                "give what you would call it with"
+                f"give what you would call it with{alone if inputs.kwargs else ''}"
             ) from error
     return batches

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import paddle
 
+from flatwater.advice import check_count
 from flatwater.errors import BackendError, InputError
 from flatwater.paddle.choosing.walk import inputs_of
 from flatwater.paddle.policy.applied import AppliedPolicy
@@ -56,6 +57,8 @@ def apply_policy(
         StatisticsError: statistics to freeze that are NaN, infinite or negative.
         BackendError: pydantic or PyYAML, which policies need, is not installed.
     """
+    for name, number in (("batch_size", batch_size), ("world_size", world_size)):
+        check_count(name, number)
     try:
         from flatwater.paddle.policy.rules import apply_rules, as_policy
     except ImportError as error:
@@ -71,7 +74,7 @@ def apply_policy(
         world_size = said.world_size if world_size is None else world_size
         if inputs is None and input_spec is None and said.input_spec:
             input_spec = [paddle.static.InputSpec(list(one.shape), one.dtype) for one in said.input_spec]
-    example = None if inputs is None else as_inputs(inputs)
+    example = None if inputs is None else as_inputs(inputs, nested=True)
     if input_spec is not None:
         example = inputs_of(model, input_spec, batch_size)
     size = paddle.distributed.get_world_size() if world_size is None else world_size

@@ -9,7 +9,7 @@ from typing import Any
 import paddle
 
 from flatwater.errors import SurgeryError
-from flatwater.paddle.running import Inputs, evaluating, fixed_randomness, flatten
+from flatwater.paddle.running import Inputs, evaluating, fixed_randomness, flatten, map_tensors
 from flatwater.verify import one_line
 
 __all__ = ["block_ends"]
@@ -31,7 +31,7 @@ def block_ends(model: paddle.nn.Layer, norms: Mapping[str, Any], inputs: Inputs)
     """
     ends: set[str] = set()
     writers: dict[Any, str] = {}
-    args, kwargs = map(_traced, inputs.args), {name: _traced(tensor) for name, tensor in inputs.kwargs.items()}
+    args, kwargs = map_tensors(inputs.args, _traced), map_tensors(inputs.kwargs, _traced)
 
     def hook(path: str) -> Callable[..., None]:
         def note(_: paddle.nn.Layer, args: tuple[Any, ...], output: Any) -> None:

@@ -12,7 +12,7 @@ import paddle
 
 from flatwater.advice import Batch, LayerAdvice
 from flatwater.errors import ConfigError, SurgeryError
-from flatwater.paddle.choosing.advise import advise_layer, why_it_stays
+from flatwater.paddle.choosing.advise import UNREACHED, advise_layer, why_it_stays
 from flatwater.paddle.choosing.walk import batches_of
 from flatwater.paddle.kinds import BATCH_NORMS
 from flatwater.paddle.policy.applied import AppliedPolicy, Learning, freeze_layers, mark_float32
@@ -68,6 +68,9 @@ def apply_rules(
 
 _NOTHING = Chosen(None, 0)
 _MOMENTA = {"momentum", "momentum_schedule"}
+# What not every kind of norm has. Where ``auto`` has chosen the kind, it may be in vain: on other devices, or of a
+# larger batch, the same policy has the kind that it is for.
+_OF_A_KIND = {*_MOMENTA, "groups", "freeze"}
 
 
 @dataclass
@@ -94,6 +97,7 @@ class _Work:
         self._frozen: dict[Freeze, list[str]] = {}
         self._schedules: dict[str, tuple[Momentum, list[str]]] = {}
         self._zeroed: set[str] = set()
+        self._chosen_by_auto: set[str] = set()
         self._effects: set[tuple[int, str]] = set()
         self._reasons: dict[tuple[int, str], str] = {}
         # In the order in which they are done.
@@ -123,6 +127,8 @@ class _Work:
                 done = setter(entry, layer, fields)
             except _InapplicableError as error:
                 self._reasons[rule, name] = f"{path!r}: {error}"
+                if name in _OF_A_KIND and path in self._chosen_by_auto:
+                    self._effects.add((rule, name))
                 if name != "zero_init_residual":  # which is for few layers by its nature
                     entry.notes.append(str(error))
                 continue
@@ -161,6 +167,7 @@ class _Work:
         wanted, groups, why = fields["norm"].value, None, ""
         if wanted == "auto":
             advice = self._advise(entry.path, layer, fields["norm"].rule)
+            self._chosen_by_auto.add(entry.path)
             wanted, groups, why = advice.use, advice.groups, f", by auto: {advice.reason}"
             if wanted == "batch_norm" and advice.momentum is not None and not _MOMENTA & fields.keys():
                 why += f"; {_set_attribute(layer, 'momentum', advice.momentum)}"
@@ -180,7 +187,7 @@ class _Work:
         where = self.policy.place(rule, "norm")
         if self._seen.batches is not None:
             if path not in self._seen.batches:
-                raise ConfigError(f"{where}: norm=auto for {path!r}, which the inputs do not reach; give it a kind")
+                raise _InapplicableError(f"auto leaves it, for {UNREACHED}; give it a kind of its own if it is used")
             return advise_layer(path, layer, self._seen.batches[path], self._world_size)
         if self._batch_size is None:
             raise ConfigError(f"{where}: norm=auto needs to know the batch; give inputs=, input_spec= or batch_size=")

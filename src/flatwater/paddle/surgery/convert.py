@@ -14,7 +14,7 @@ import paddle
 
 from flatwater.errors import InputError, SurgeryError
 from flatwater.paddle import layers
-from flatwater.paddle.kinds import BATCH_NORMS
+from flatwater.paddle.kinds import BATCH_NORMS, normalizes_by_batch, subclass_obstacle
 from flatwater.paddle.norm import NormLayer
 from flatwater.paddle.running import layers_of
 from flatwater.paddle.surgery.freeze import freeze, is_frozen, thaw
@@ -140,8 +140,7 @@ def _convert(
 ) -> str | None:
     """Convert one layer; returns what it could not hold. Raises SurgeryError to say why it is left."""
     if to is None:
-        _make_ours(layer)
-        return None
+        return _make_ours(layer)
     if to == "frozen":
         _freeze(model, path, layer)
         return None
@@ -150,8 +149,7 @@ def _convert(
     return recast(layer, to, groups=groups)
 
 
-def _make_ours(layer: Any) -> None:
-    name = type(layer).__name__
+def _make_ours(layer: Any) -> str | None:
     if isinstance(layer, NormLayer):
         raise SurgeryError("is Flatwater's already")
     if isinstance(layer, paddle.nn.SyncBatchNorm):
@@ -159,10 +157,14 @@ def _make_ours(layer: Any) -> None:
     if isinstance(layer, paddle.nn.LayerNorm):
         raise SurgeryError("LayerNorm normalizes over features; Flatwater has no kernel for it")
     if type(layer) not in _CLASSES:
-        raise SurgeryError(f"{name} is a subclass with a forward of its own")
+        raise SurgeryError(subclass_obstacle(layer))
     if not is_fused(getattr(layer, "_act", None)):
         raise SurgeryError(f"its activation {layer._act!r} is not one that is fused")
+    by_batch = isinstance(layer, BATCH_NORMS) and normalizes_by_batch(layer, training=False)
     layer.__class__ = _CLASSES[type(layer)]
+    if by_batch and not normalizes_by_batch(layer, training=False):
+        return "use_global_stats=False was the batch's statistics in eval() too; now eval() takes the moving ones"
+    return None
 
 
 def _freeze(model: paddle.nn.Layer, path: str, layer: Any) -> None:

@@ -16,7 +16,8 @@ from flatwater import kernels
 from flatwater.errors import DistributedError, InputError, SingleValueError
 from flatwater.kernels import Buffer, Statistics
 from flatwater.paddle.dtypes import dtype_name
-from flatwater.paddle.sync.collectives import Operation, communicator_of, group_of, world_ranks
+from flatwater.paddle.sync.collectives import Operation, communicator_of
+from flatwater.paddle.sync.groups import Sharing, world_ranks
 from flatwater.surgery.recalibration import Pool
 
 __all__ = ["Ranks", "Reading", "first_tensor", "moments_of", "reading"]
@@ -132,15 +133,15 @@ class Ranks:
         self, process_group: Any, layers: Mapping[str, Any], timeout: float, task: str = "recalibrate"
     ) -> None:
         self._task = task
-        ranks, group_id = group_of(process_group)
-        self._ranks = world_ranks(ranks)
+        sharing = Sharing.of(process_group, timeout)
+        self._ranks = world_ranks(sharing.ranks)
         self._sizes = {path: int(layer._mean.shape[0]) for path, layer in layers.items()}
-        self._timeout = timeout
+        self._timeout = sharing.timeout
         self.alone = len(self._ranks) == 1
         self.first = self.alone or paddle.distributed.get_rank() == self._ranks[0]
         if not self.alone:
             place = next(iter(layers.values()))._mean.place
-            self._communicator = communicator_of(self._ranks, group_id, place)
+            self._communicator = communicator_of(self._ranks, sharing.group_id, place)
 
     @contextlib.contextmanager
     def together(self, purpose: str) -> Iterator[None]:

@@ -18,7 +18,7 @@ from paddle.nn.layer.norm import _InstanceNormBase
 from flatwater.advice import choose_groups
 from flatwater.errors import InputError, SurgeryError
 from flatwater.paddle import layers
-from flatwater.paddle.kinds import BATCH_NORMS, INSTANCE_NORMS
+from flatwater.paddle.kinds import BATCH_NORMS, INSTANCE_NORMS, subclass_obstacle
 from flatwater.paddle.surgery.freeze import is_frozen
 from flatwater.paddle.sync.convert import convert_sync_batchnorm, revert_sync_batchnorm
 from flatwater.paddle.sync.layer import SyncBatchNorm
@@ -201,7 +201,7 @@ def _is(layer: Any, kind: NormKind, groups: int | None) -> bool:
 def _check(layer: Any, kind: NormKind, groups: int | None) -> None:
     name = type(layer).__name__
     if type(layer) not in _CLASSES:
-        reason = f"{name} is a subclass with a forward of its own"
+        reason = subclass_obstacle(layer)
         if kind_of(layer) == "layer_norm":
             reason = f"{name} normalizes over features, which no other kind does"
         raise SurgeryError(reason)

@@ -10,8 +10,9 @@ import paddle
 
 from flatwater.kernels import Statistics
 from flatwater.paddle.kinds import BATCH_NORMS
-from flatwater.paddle.running import layers_of
-from flatwater.paddle.sync.collectives import Operation, communicator_of, group_of, world_ranks
+from flatwater.paddle.running import layers_of, to_numpy
+from flatwater.paddle.sync.collectives import Operation, communicator_of
+from flatwater.paddle.sync.groups import Sharing, world_ranks
 from flatwater.surgery import ChangeReport
 
 __all__ = ["AverageStatistics", "average_statistics"]
@@ -38,24 +39,25 @@ def average_statistics(model: paddle.nn.Layer, process_group: Any = None, *, tim
 
     Raises:
         SurgeryError: ``model`` is not a ``paddle.nn.Layer``.
-        DistributedError: a rank died, did not come in time, or has other layers.
+        InputError: a ``process_group`` or ``timeout`` that is none.
+        DistributedError: this process is not in the group; or a rank died, did not come in time, or has other layers.
     """
     norms = {path: layer for path, layer in layers_of(model) if isinstance(layer, BATCH_NORMS)}
-    ranks, group_id = group_of(process_group)
-    ranks = world_ranks(ranks)
+    sharing = Sharing.of(process_group, timeout)
+    ranks = world_ranks(sharing.ranks)
     if len(ranks) == 1 or not norms:
         return ChangeReport()
     means = [layer._mean for layer in norms.values()]
     variances = [layer._variance for layer in norms.values()]
     sizes = [int(tensor.shape[0]) for tensor in means]
-    communicator = communicator_of(ranks, group_id, means[0].place)
+    communicator = communicator_of(ranks, sharing.group_id, means[0].place)
     layout = zlib.crc32(repr([*zip(norms, sizes, strict=True)]).encode())
     operation = Operation(f"{len(norms)} batch norms", "average", sum(sizes), f"layout {layout:08x}")
 
     own = _joined(means)
-    mean = communicator.sum(own, operation, timeout) / len(ranks)
+    mean = communicator.sum(own, operation, sharing.timeout) / len(ranks)
     spread = _joined(variances) + (own - mean) ** 2
-    variance = communicator.sum(spread, operation, timeout) / len(ranks)
+    variance = communicator.sum(spread, operation, sharing.timeout) / len(ranks)
     ends = np.cumsum(sizes)[:-1]
     for tensors, values in ((means, mean), (variances, variance)):
         for tensor, part in zip(tensors, np.split(values, ends), strict=True):
@@ -64,11 +66,14 @@ def average_statistics(model: paddle.nn.Layer, process_group: Any = None, *, tim
 
 
 def _joined(tensors: list[paddle.Tensor]) -> Statistics:
-    return np.concatenate([np.asarray(tensor.numpy(), np.float64) for tensor in tensors])
+    return np.concatenate([to_numpy(tensor).astype(np.float64) for tensor in tensors])
 
 
 class AverageStatistics(paddle.callbacks.Callback):
-    """For ``paddle.Model.fit``: :func:`average_statistics` before each evaluation, and before a checkpoint is saved.
+    """For ``paddle.Model.fit``: :func:`average_statistics` at the end of each epoch and before each evaluation.
+
+    Callbacks run in the order of their list. The checkpoints of ``fit(save_dir=...)`` are written after them all; a
+    ``ModelCheckpoint`` of one's own has to stand behind this callback, or it saves what one rank has.
 
     Args:
         process_group, timeout: as for :func:`average_statistics`.

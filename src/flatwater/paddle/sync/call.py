@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 import paddle
 from paddle.autograd import PyLayer
-from paddle.jit.sot.psdb import fallback
 
 from flatwater import kernels
 from flatwater.errors import InputError, SingleValueError
@@ -45,11 +44,13 @@ class Shared:
         communicator: the ranks.
         layer: how the layer is called in messages.
         timeout: seconds to wait for the other ranks.
+        settings: of the layer, in messages: with others, ranks would compute something else.
     """
 
     communicator: Communicator
     layer: str
     timeout: float
+    settings: str
 
 
 def contribution(count: int, mean: Statistics, m2: Statistics, pivot: Statistics) -> Statistics:
@@ -71,7 +72,7 @@ class SyncNormCall:
 
     Args:
         shared: with whom.
-        running_mean: what every rank holds; the sums are taken about it.
+        running_mean, running_variance: what every rank holds; the sums are taken about the mean.
         channels_last: where the channels of x stand.
         activation: fused after γ·x̂ + β + residual.
         epsilon: added to the variance.
@@ -83,6 +84,7 @@ class SyncNormCall:
 
     shared: Shared
     running_mean: Statistics
+    running_variance: Statistics
     channels_last: bool
     activation: Activation
     epsilon: float
@@ -94,7 +96,7 @@ class SyncNormCall:
     @cached_property
     def pivot(self) -> Statistics:
         """The running mean, where it is a number."""
-        return np.where(np.isfinite(self.running_mean), self.running_mean, 0.0)
+        return _finite(self.running_mean)
 
     def sum(self, values: Statistics, direction: Direction) -> Statistics:
         """The sum of ``values`` over the ranks.
@@ -102,10 +104,16 @@ class SyncNormCall:
         Raises:
             DistributedError: not every rank came, or they came with different things.
         """
-        # What is the same on every rank: an operation of another name, size or pivot is a fault.
-        detail = f"running mean {zlib.crc32(self.pivot.tobytes()):08x}" if direction == "forward" else ""
-        operation = Operation(self.shared.layer, direction, self.running_mean.size, detail)
-        return self.shared.communicator.sum(values, operation, self.shared.timeout)
+        return self.shared.communicator.sum(values, self.operation(direction), self.shared.timeout)
+
+    def operation(self, direction: Direction) -> Operation:
+        """What is the same on every rank: another name, size, setting or moving statistic is a fault."""
+        layer, channels = self.shared.layer, self.running_mean.size
+        if direction != "forward":
+            return Operation(layer, direction, channels)
+        # Of the variance no other rank's result depends; but one that is not equal now never becomes so.
+        held = zlib.crc32(_finite(self.running_variance).tobytes(), zlib.crc32(self.pivot.tobytes()))
+        return Operation(layer, direction, channels, self.shared.settings, f"moving statistics {held:08x}")
 
     def take_total(self, total: Statistics) -> None:
         """Set the statistics, from the sum of all contributions.
@@ -118,7 +126,8 @@ class SyncNormCall:
             ranks = list(self.shared.communicator.ranks)
             raise SingleValueError(
                 f"{self.shared.layer} got {self.count} values per channel on ranks {ranks} together, of which "
-                "no variance exists; use a larger batch, eval() or GroupNorm"
+                "no variance exists; use a larger batch, eval() or GroupNorm, "
+                "or single_value='passthrough' to hand x through as Paddle does"
             )
         self.inv_std = 1.0 / np.sqrt(self.m2 / self.count + self.epsilon)
 
@@ -146,6 +155,11 @@ class SyncNormCall:
         return None if tensor is None else self.buffer(tensor)
 
 
+def _finite(values: Statistics) -> Statistics:
+    # NaN has many bit patterns, and ranks that are equal need not have the same.
+    return np.where(np.isfinite(values), values, 0.0)
+
+
 def normalize_shared(
     x: paddle.Tensor,
     weight: paddle.Tensor | None,
@@ -154,7 +168,6 @@ def normalize_shared(
     call: SyncNormCall,
 ) -> paddle.Tensor:
     """``act(γ·x̂ + β + residual)`` by the kernels, differentiable once in every tensor."""
-    fallback(recursive=True)  # to_static(full_graph=False) runs what follows as it is, instead of looking into it
     return _SyncNorm.apply(x, weight, bias, residual, call)
 
 

@@ -12,26 +12,32 @@ from __future__ import annotations
 import threading
 import time
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NoReturn
 
 import numpy as np
 from paddle import distributed
 
-from flatwater.errors import DistributedError
+from flatwater.errors import DistributedError, InputError
 from flatwater.kernels import Statistics
 from flatwater.paddle.sync.doubling import DoublingTransport
 from flatwater.paddle.sync.reports import Report, Reports
 from flatwater.paddle.sync.transport import DeviceTransport, DifferentLengthsError, Transport
 
-__all__ = ["Communicator", "Direction", "Operation", "communicator_of", "group_of", "world_ranks"]
+__all__ = ["Communicator", "Direction", "Operation", "communicator_of"]
 
-Direction = Literal["forward", "backward", "average"]
+Direction = Literal["forward", "backward", "average", "exchange"]
 
 # How long a rank waits before it asks where the others are, and how often it asks again.
 _PATIENCE = 1.0
 # For how long a rank that knows of a fault asks the others what they saw.
 _TESTIMONY = 4.0
+
+# Instead of the operation's own advice, where the ranks differ in nothing else.
+_EQUALIZE = (
+    "their moving statistics differ, as plain batch norm leaves them under DataParallel: start all ranks again, "
+    "and call fw.average_statistics(model) on each before fw.convert_sync_batchnorm(model), or load one checkpoint"
+)
 
 
 @dataclass(frozen=True)
@@ -39,20 +45,33 @@ class Operation:
     """What a sum is for: the same on every rank, or something is wrong.
 
     Attributes:
-        layer: how the layer is called in messages.
-        direction: of which half of a training step the sum is, or that of moving statistics.
-        channels: of the layer.
+        subject: how the layer is called in messages, or whatever else the numbers are of.
+        direction: of which half of a training step the sum is, or that of moving statistics, or of other numbers.
+        size: channels of the layer, or how many numbers.
         detail: what else has to be the same.
+        statistics: a check value of the moving statistics, which have to be the same as well.
+        advice: what to do if it fails.
     """
 
-    layer: str
+    subject: str
     direction: Direction
-    channels: int
+    size: int
     detail: str = ""
+    statistics: str = ""
+    advice: str = (
+        "let every rank run the same layers, with the same settings and in the same order, "
+        "and start again from the last checkpoint"
+    )
 
     def __str__(self) -> str:
-        detail = f", {self.detail}" if self.detail else ""
-        return f"{self.direction} of {self.layer} ({self.channels} channels{detail})"
+        unit = ("number" if self.direction == "exchange" else "channel") + ("s" if self.size != 1 else "")
+        details = "".join(f", {detail}" for detail in (self.detail, self.statistics) if detail)
+        return f"{self.direction} of {self.subject} ({self.size} {unit}{details})"
+
+    @property
+    def without_statistics(self) -> str:
+        """The same as text, whatever the moving statistics are."""
+        return str(replace(self, statistics=""))
 
 
 class Communicator:
@@ -87,7 +106,8 @@ class Communicator:
         """
         if self._failure is not None:
             raise DistributedError(
-                f"{operation} on rank {self.rank} cannot run after an earlier fault: {self._failure}"
+                f"{operation} on rank {self.rank} cannot run after an earlier fault: {self._failure}; "
+                "nothing is shared with these ranks any more: start all of them again"
             )
         self._calls += 1
         attempt = self._pending = _Attempt(self._calls, operation, timeout)
@@ -128,10 +148,10 @@ class Communicator:
         report = self._report(attempt, fault)
         self._reports.publish(report)
         seen = self._reports.collect(report, attempt.time_for_testimony())
+        advice = _EQUALIZE if self._reports.differ_in_statistics(report) else attempt.operation.advice
         self._failure = (
             f"{attempt.operation}, sum {attempt.call} of rank {self.rank} in ranks {list(self.ranks)}: {fault}; "
-            f"seen: {seen}; let every rank run the same layers in the same order, "
-            "and start again from the last checkpoint"
+            f"seen: {seen}; {advice}"
         )
         self._transport.close()  # last: whoever sees it asks what this rank has said
         raise DistributedError(self._failure)
@@ -147,7 +167,8 @@ class Communicator:
                     self._reports.refresh()
 
     def _report(self, attempt: _Attempt, fault: str | None = None) -> Report:
-        return Report(self.rank, attempt.call, str(attempt.operation), fault)
+        operation = attempt.operation
+        return Report(self.rank, attempt.call, str(operation), operation.without_statistics, fault)
 
 
 class _Attempt:
@@ -182,19 +203,6 @@ def _marks(attempt: _Attempt) -> Statistics:
 _communicators: dict[tuple[Any, ...], Communicator] = {}
 
 
-def group_of(process_group: Any) -> tuple[tuple[int, ...] | None, int | None]:
-    """The ranks and the number of a group of Paddle's, or of ranks given as numbers, which have none."""
-    ranks = getattr(process_group, "ranks", process_group)
-    return None if ranks is None else tuple(sorted(map(int, ranks))), getattr(process_group, "id", None)
-
-
-def world_ranks(ranks: tuple[int, ...] | None) -> tuple[int, ...]:
-    """``ranks``, None being all there are; one rank where no process group was initialised."""
-    if not distributed.is_initialized():
-        return (0,)
-    return tuple(range(distributed.get_world_size())) if ranks is None else ranks
-
-
 def communicator_of(ranks: tuple[int, ...], group_id: int | None, place: Any) -> Communicator:
     """The communicator of these ranks for tensors at ``place``.
 
@@ -202,16 +210,18 @@ def communicator_of(ranks: tuple[int, ...], group_id: int | None, place: Any) ->
         group_id: of Paddle's group of these ranks, which devices other than the CPU use; None for that of all.
 
     Raises:
-        DistributedError: this process is not among the ranks.
+        InputError: a device, where some of the ranks share, without a group of Paddle's.
     """
     on_cpu = place.is_cpu_place()
     key = (ranks, None if on_cpu else (group_id, str(place)))
     found = _communicators.get(key)
     if found is None:
         rank = distributed.get_rank()
-        if rank not in ranks:
-            raise DistributedError(
-                f"rank {rank} runs a SyncBatchNorm of ranks {list(ranks)}; give each rank a process_group that it is in"
+        if not on_cpu and group_id is None and ranks != tuple(range(distributed.get_world_size())):
+            # Paddle's group of all ranks would sum over all of them.
+            raise InputError(
+                f"process_group={list(ranks)} for tensors at {place} must be a group of Paddle's there; "
+                "give what paddle.distributed.new_group returns"
             )
         transport: Transport = (
             DoublingTransport(ranks, rank) if on_cpu else DeviceTransport(distributed.get_group(group_id or 0), place)

@@ -7,10 +7,11 @@ from typing import Any, TypeAlias
 
 import paddle
 
-from flatwater.errors import InputError, SurgeryError
+from flatwater.errors import SurgeryError
 from flatwater.paddle import layers
-from flatwater.paddle.kinds import BATCH_NORMS
+from flatwater.paddle.kinds import BATCH_NORMS, normalizes_by_batch, subclass_obstacle
 from flatwater.paddle.running import layers_of
+from flatwater.paddle.sync.groups import Sharing
 from flatwater.paddle.sync.layer import SyncBatchNorm
 from flatwater.spec import canonical_activation
 from flatwater.surgery import ChangeReport
@@ -51,9 +52,10 @@ def convert_sync_batchnorm(
 
     Raises:
         SurgeryError: ``model`` is not a ``paddle.nn.Layer``, or there is no layer at a path in ``exclude``.
-        InputError: a timeout that is not positive.
+        InputError: a timeout that is not positive, or a ``process_group`` that is no set of ranks; nothing was changed.
     """
     found = layers_of(model)
+    sharing = Sharing.of(process_group, timeout)
     excluded = _excluded(found, exclude)
     report = ChangeReport()
     for path, layer in found:
@@ -63,14 +65,9 @@ def convert_sync_batchnorm(
         if reason:
             report.left[path] = reason
             continue
-        former = type(layer)
+        layer._former_class = type(layer)
         layer.__class__ = SyncBatchNorm
-        try:
-            layer._share_with(process_group, timeout)
-        except InputError:
-            layer.__class__ = former
-            raise
-        layer._former_class = former
+        layer._share(sharing)
         report.changed.append(path)
     return report
 
@@ -102,9 +99,15 @@ def _obstacle(layer: Any) -> str | None:
     if isinstance(layer, SyncBatchNorm):
         return "is synchronised already"
     if type(layer) not in _CLASSES:
-        return f"{type(layer).__name__} is a subclass with a forward of its own"
-    if getattr(layer, "_trainable_statistics", False):
-        return "trainable_statistics=True normalizes by the batch in eval() too, where ranks do not wait for each other"
+        return subclass_obstacle(layer)
+    if "forward" in vars(layer):
+        return "has a forward of its own, captured by to_static perhaps; convert before that"
+    if normalizes_by_batch(layer, training=False):
+        # Paddle's two ways to say so: nn.BatchNorm's, and that of BatchNorm1D/2D/3D.
+        setting = "trainable_statistics=True" if isinstance(layer, paddle.nn.BatchNorm) else "use_global_stats=False"
+        return (
+            f"{setting} normalizes by the batch in eval() too, where ranks do not wait for each other; build it without"
+        )
     try:
         canonical_activation(getattr(layer, "_act", None))
     except ValueError:

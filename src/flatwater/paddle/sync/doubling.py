@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import contextlib
 import hmac
+import os
 import secrets
 import select
 import socket
+import weakref
 from concurrent.futures import Future
 from functools import partial
 from typing import Any
@@ -113,6 +115,7 @@ class _Link:
         self._connection = connection
         self._rank = rank
         self._poll = select.poll()
+        _links.add(self)
 
     def swap(self, message: memoryview, into: memoryview, pause: Pause) -> None:
         """Send ``message`` and fill ``into``, at the same time: neither rank reads only after it has sent.
@@ -139,6 +142,10 @@ class _Link:
             self._connection.shutdown(socket.SHUT_RDWR)
         self._connection.close()
 
+    def forget(self) -> None:
+        """Close this process's end of it, of which the process that it was forked from knows nothing."""
+        self._connection.close()
+
     def _send(self, message: memoryview) -> int:
         try:
             return self._connection.send(message)
@@ -160,6 +167,18 @@ class _Link:
 
     def _broken(self, error: OSError) -> ConnectionError:
         return ConnectionError(f"that to rank {self._rank}: {error}")
+
+
+_links: weakref.WeakSet[_Link] = weakref.WeakSet()
+
+
+def _forget_links() -> None:
+    # A data loader's worker that outlives a killed rank would hold its connections open: nobody would see the death.
+    for link in _links:
+        link.forget()
+
+
+os.register_at_fork(after_in_child=_forget_links)
 
 
 def _connect(ranks: tuple[int, ...], index: int, partners: list[int], pause: Pause) -> dict[int, _Link]:

@@ -15,6 +15,7 @@ import paddle
 from paddle.autograd import PyLayer
 
 from flatwater.paddle.composite import activate
+from flatwater.paddle.running import to_numpy
 from flatwater.paddle.sync.call import SyncNormCall, refuse_second_derivative
 from flatwater.paddle.sync.collectives import Direction
 
@@ -33,8 +34,9 @@ def normalize_by_operators(
     Raises:
         DistributedError, SingleValueError: as on the kernels' road.
     """
-    if x.stop_gradient and paddle.is_grad_enabled():
-        # Another rank may want the gradient: this one has to come to the backward's sum.
+    learning = [tensor for tensor in (weight, bias, residual) if tensor is not None and not tensor.stop_gradient]
+    if x.stop_gradient and learning and paddle.is_grad_enabled():
+        # There is a backward pass, and another rank may want x's gradient: this one has to come to the sum.
         x = x.detach()
         x.stop_gradient = False
     axis = x.ndim - 1 if call.channels_last else 1
@@ -60,7 +62,7 @@ def normalize_by_operators(
 def update_by_operators(mean: paddle.Tensor, variance: paddle.Tensor, call: SyncNormCall, momentum: float) -> None:
     """``moving = momentum · moving + (1 - momentum) · batch``, wherever these buffers are."""
     for tensor, batch in ((mean, call.mean), (variance, call.m2 / call.count)):
-        moving = momentum * np.asarray(tensor.numpy(), np.float64) + (1.0 - momentum) * batch
+        moving = momentum * to_numpy(tensor).astype(np.float64) + (1.0 - momentum) * batch
         tensor.set_value(paddle.to_tensor(moving, place=tensor.place).astype(tensor.dtype))
 
 

@@ -14,6 +14,8 @@ __all__ = ["Report", "Reports"]
 
 # How long the store may take to answer.
 _ANSWER = 2.0
+# The rank in whose process the store is.
+_HOST = 0
 
 
 @dataclass(frozen=True)
@@ -24,12 +26,14 @@ class Report:
         rank: whose report it is.
         call: how many sums it has begun.
         operation: what the last of them is for.
+        layer: the same, but for the moving statistics that the rank has.
         fault: why it gave up; None while it waits.
     """
 
     rank: int
     call: int
     operation: str
+    layer: str
     fault: str | None = None
 
     def __str__(self) -> str:
@@ -75,16 +79,28 @@ class Reports:
         def spoken(rank: int) -> bool:
             return rank in self._latest and self._latest[rank].call >= mine.call
 
+        self._asked = False  # what was asked before says nothing of who lives now
         self._look(seconds, lambda: all(map(spoken, self._others)))
-        return "; ".join(f"rank {rank} {self._describe(rank, mine.call)}" for rank in self._others)
+        heard = [rank for rank in self._others if spoken(rank) or (rank in self._latest and self._latest[rank].fault)]
+        silent = [rank for rank in self._others if rank not in heard]
+        return "; ".join([*(f"rank {rank} {self._latest[rank]}" for rank in heard), *self._why_silent(silent)])
 
-    def _describe(self, rank: int, call: int) -> str:
-        report = self._latest.get(rank)
-        if report is not None and (report.call >= call or report.fault):
-            return str(report)
+    def differ_in_statistics(self, mine: Report) -> bool:
+        """Whether the others were at the same layer when last heard of, some with other moving statistics."""
+        same_call = [report for report in list(self._latest.values()) if report.call == mine.call]
+        differ = [report for report in same_call if report.operation != mine.operation]
+        return bool(differ) and all(report.layer == mine.layer for report in differ)
+
+    def _why_silent(self, silent: list[int]) -> list[str]:
         if self._asked:
-            return "says nothing: it died, or is not in a SyncBatchNorm"
-        return "cannot be asked: the store's host (rank 0) does not answer"
+            return [f"rank {rank} says nothing: it died, or is busy elsewhere" for rank in silent]
+        # What rank 0 hosts is how the others could be asked: of its death they are no part.
+        rest = [str(rank) for rank in silent if rank != _HOST]
+        asked = f"rank{'s' if len(rest) > 1 else ''} {', '.join(rest)} cannot be asked" if rest else ""
+        if _HOST in silent:
+            asked = f", so that {asked}" if asked else ""
+            return [f"rank {_HOST}, which hosts the store, does not answer: it died, or cannot be reached{asked}"]
+        return [f"{asked}: the store, which rank {_HOST} hosts, does not answer"] if asked else []
 
     def _look(self, seconds: float, found: Callable[[], bool]) -> bool:
         """Read until ``found`` holds, or for so long."""

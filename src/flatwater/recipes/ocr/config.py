@@ -121,6 +121,9 @@ class TrainConfig(_Section):
     checkpoint_every: int = Field(default=100, ge=1)
     monitor_every: int = Field(default=50, ge=1)
     """How often the norm layers' distributions and statistics are sampled for the report."""
+    timeout: float = Field(default=60, gt=0)
+    """Seconds for which ranks that train together wait for each other; more than rank 0 takes to evaluate and to write
+    a checkpoint, for which the others wait."""
 
 
 class DataConfig(_Section):

@@ -21,7 +21,7 @@ from flatwater.recipes.ocr import fonts as font_files
 from flatwater.recipes.ocr.config import Config
 from flatwater.recipes.ocr.fonts import Font
 from flatwater.recipes.ocr.labels import BLANK, Alphabet
-from flatwater.recipes.ocr.preprocess import load_line, normalize, pad
+from flatwater.recipes.ocr.preprocess import line_width, load_line, normalize, pad
 from flatwater.recipes.ocr.render import Rendered, render
 
 __all__ = ["IGNORE", "STRIDE", "WIDTH_MULTIPLE", "Batch", "DataSource", "Sample", "read_label_list"]
@@ -42,7 +42,8 @@ class Batch(NamedTuple):
 
     ``images`` float32 [N, 1, 32, W], zeros right of each line; ``frames`` int64 [N], how many output frames belong
     to each; ``labels`` int32 [N, L], padded with 0; ``label_lengths`` int64 [N]; ``alignment`` int64 [N, W / 4],
-    the class of each frame where rendering knows it (IGNORE where it does not), or None for labelled images.
+    the class of each frame where rendering knows it (IGNORE where it does not), or None for labelled images. A rank's
+    share has N lines of ``whole``, and is as wide as they all are together: norms see the padding, too.
     """
 
     images: Array
@@ -50,12 +51,7 @@ class Batch(NamedTuple):
     labels: Integers
     label_lengths: npt.NDArray[np.int64]
     alignment: npt.NDArray[np.int64] | None
-
-    def lines(self, chosen: slice) -> Batch:
-        """Some of the lines, as wide as they are here."""
-        alignment = None if self.alignment is None else self.alignment[chosen]
-        images, frames, labels, lengths, _ = self
-        return Batch(images[chosen], frames[chosen], labels[chosen], lengths[chosen], alignment)
+    whole: int
 
 
 @dataclass(frozen=True)
@@ -91,6 +87,7 @@ class DataSource:
         self._test_labelled = (
             None if self._data.test_labels is None else read_label_list(self._data.test_labels, self.alphabet)
         )
+        self._widths: dict[Path, int] = {}
         self._rendered_tests: dict[bool, list[Sample]] = {}  # by unseen_font; training and the job both ask
         self._unseen_fonts = []
         if self._test_labelled is None:
@@ -102,12 +99,19 @@ class DataSource:
         """Whether there is a second test set."""
         return self._test_labelled is None
 
-    def train_batch(self, step: int) -> Batch:
-        """The batch of a step, counted from 0."""
+    def train_batch(self, step: int, *, rank: int = 0, ranks: int = 1) -> Batch:
+        """The batch of a step, counted from 0; of several ranks, one's share of it: every ``ranks``-th line.
+
+        A rank renders and reads its own lines. The others' it knows by what is random about them, and by their widths.
+
+        Raises:
+            DataError: there are fewer lines than ranks, or an image cannot be used.
+        """
         generator = np.random.default_rng([self._config.seed, 0, step])
+        chosen = slice(rank, None, ranks)
         if self._labelled and (not self._fonts or generator.random() < self._data.labels_share):
-            return self._labelled_batch(generator)
-        return self._rendered_batch(generator)
+            return self._labelled_batch(generator, chosen, ranks)
+        return self._rendered_batch(generator, chosen)
 
     def test_set(self, unseen_font: bool = False) -> list[Sample]:
         """Lines of held-out words, in the fonts of training or all in the unseen one; or the user's test list.
@@ -137,24 +141,40 @@ class DataSource:
             samples.append(Sample(text, pixels, line.fonts[0]))
         return samples
 
-    def _rendered_batch(self, generator: np.random.Generator) -> Batch:
+    def _rendered_batch(self, generator: np.random.Generator, chosen: slice) -> Batch:
         longest = int(generator.integers(self._data.min_length, self._data.max_length + 1))
         count = self._config.batch_lines(longest)
         texts = [self.corpus.training_line(generator, longest) for _ in range(count)]
-        lines = render(texts, self._drawn, self._fonts, self._data.sizes, generator, WIDTH_MULTIPLE)
+        lines = render(texts, self._drawn, self._fonts, self._data.sizes, generator, WIDTH_MULTIPLE, chosen)
         images = [normalize(pixels[:, :width])[None] for pixels, width in zip(lines.pixels, lines.widths, strict=True)]
         encoded = [self.alphabet.encode(text) for text in texts]
-        return _batch(pad(images, WIDTH_MULTIPLE), lines.widths, encoded, _align(lines, encoded))
+        alignment = _align(lines, encoded[chosen])
+        return _batch(pad(images, least=lines.pixels.shape[-1]), lines.widths, encoded, chosen, alignment)
 
-    def _labelled_batch(self, generator: np.random.Generator) -> Batch:
+    def _labelled_batch(self, generator: np.random.Generator, chosen: slice, ranks: int) -> Batch:
         count = min(len(self._labelled), self._config.smallest_batch)
-        chosen = [self._labelled[i] for i in generator.choice(len(self._labelled), count, replace=False)]
-        lines = [sample.image() for sample in chosen]
-        widths = np.array([line.shape[-1] for line in lines], np.int64)
-        encoded = [self.alphabet.encode(sample.text) for sample in chosen]
-        for sample, width, classes in zip(chosen, widths, encoded, strict=True):
-            _check_fits(sample, int(width), classes)
-        return _batch(pad(lines, WIDTH_MULTIPLE), widths, encoded, None)
+        if count < ranks:
+            raise DataError(
+                f"data.labels makes batches of {count} lines, too few for {ranks} ranks; "
+                "give more lines, or start fewer ranks"
+            )
+        samples = [self._labelled[i] for i in generator.choice(len(self._labelled), count, replace=False)]
+        lines = {index: samples[index].image() for index in range(count)[chosen]}
+        widths = [
+            lines[index].shape[-1] if index in lines else self._width(sample) for index, sample in enumerate(samples)
+        ]
+        encoded = [self.alphabet.encode(sample.text) for sample in samples]
+        for sample, width, classes in zip(samples, widths, encoded, strict=True):
+            _check_fits(sample, width, classes)
+        images = pad([*lines.values()], WIDTH_MULTIPLE, least=max(widths))
+        return _batch(images, np.array(widths[chosen], np.int64), encoded, chosen, None)
+
+    def _width(self, sample: Sample) -> int:
+        """How wide a labelled line is, which another rank reads."""
+        assert isinstance(sample.picture, Path)
+        if sample.picture not in self._widths:
+            self._widths[sample.picture] = line_width(sample.picture)
+        return self._widths[sample.picture]
 
 
 def read_label_list(path: Path, alphabet: Alphabet) -> list[Sample]:
@@ -194,13 +214,15 @@ def _batch(
     images: Array,
     widths: npt.NDArray[np.int64],
     encoded: Sequence[list[int]],
+    chosen: slice,
     alignment: npt.NDArray[np.int64] | None,
 ) -> Batch:
+    """The chosen lines as a batch; all but ``encoded`` are theirs alone."""
     lengths = np.array([len(line) for line in encoded], np.int64)
     labels = np.zeros((len(encoded), int(lengths.max())), np.int32)
     for row, line in zip(labels, encoded, strict=True):
         row[: len(line)] = line
-    return Batch(images, -(-widths // STRIDE), labels, lengths, alignment)
+    return Batch(images, -(-widths // STRIDE), labels[chosen], lengths[chosen], alignment, len(encoded))
 
 
 def _check_fits(sample: Sample, width: int, classes: Sequence[int]) -> None:

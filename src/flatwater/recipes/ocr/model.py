@@ -74,11 +74,21 @@ def build(config: Config, classes: int, ranks: int = 1) -> tuple[Recognizer, App
     if config.norm.kind == "auto":
         rules = (Rule.model_validate({"norm": "auto"}), *rules)
     if not rules:
+        _wait_for(model, config.train.timeout)
         return model, None
     # A rank's share of a batch of the longest lines, which is the smallest: for rules that look at it.
     lines = config.smallest_batch // ranks
     images = paddle.zeros([lines, 1, HEIGHT, max(config.data.sizes) * config.data.max_length])
-    return model, fw.apply_policy(model, Policy(rules=rules), inputs=images, world_size=ranks)
+    applied = fw.apply_policy(model, Policy(rules=rules), inputs=images, world_size=ranks)
+    _wait_for(model, config.train.timeout)
+    return model, applied
+
+
+def _wait_for(model: nn.Layer, timeout: float) -> None:
+    """Set how long the norms that share statistics wait, whichever setting made them share."""
+    for layer in model.sublayers():
+        if isinstance(layer, fw.SyncBatchNorm):
+            layer._timeout = timeout
 
 
 def _block(

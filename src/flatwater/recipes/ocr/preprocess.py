@@ -6,21 +6,23 @@ its own pixels, so that brightness, contrast and the depth of the paper's colour
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from flatwater.errors import DataError
 
-__all__ = ["HEIGHT", "MAX_WIDTH", "MIN_WIDTH", "load_line", "normalize", "pad"]
+__all__ = ["HEIGHT", "MAX_WIDTH", "MIN_WIDTH", "line_width", "load_line", "normalize", "pad"]
 
 HEIGHT = 32
 MIN_WIDTH = 16
 MAX_WIDTH = 8192
+_LYING = (5, 6, 7, 8)  # what EXIF calls pictures whose rows are its columns
 _EPSILON = 0.01  # of the deviation: a blank line must not become a picture of its noise
 
 Array = npt.NDArray[np.float32]
@@ -36,15 +38,22 @@ def load_line(image: str | Path | Image.Image | npt.NDArray[Any]) -> Array:
     """
     name = str(image) if isinstance(image, str | Path) else "the image"
     grey = _grey(_open(image, name))
-    width = max(MIN_WIDTH, round(grey.width * HEIGHT / grey.height))
-    if width > MAX_WIDTH:
-        raise DataError(
-            f"{name}: is {grey.width} x {grey.height} pixels, more than {MAX_WIDTH // HEIGHT} times as wide as high; "
-            "cut it into shorter lines"
-        )
+    width = _scaled_width(grey.size, name)
     if (width, HEIGHT) != grey.size:
         grey = grey.resize((width, HEIGHT), Image.Resampling.BILINEAR)
     return normalize(np.asarray(grey, np.float32) / np.float32(255))[None]
+
+
+def line_width(path: Path) -> int:
+    """How wide :func:`load_line` makes a file, without decoding it where its format says that at its beginning.
+
+    Raises:
+        DataError: as from :func:`load_line`, as far as that can be seen from the size.
+    """
+    with _reading(str(path)), Image.open(path) as opened:
+        turned = opened.getexif().get(ExifTags.Base.Orientation, 1) in _LYING
+        size = opened.size[::-1] if turned else opened.size
+    return _scaled_width(size, str(path))
 
 
 def normalize(line: Array) -> Array:
@@ -53,9 +62,9 @@ def normalize(line: Array) -> Array:
     return result
 
 
-def pad(lines: Sequence[Array], multiple: int = 1) -> Array:
-    """Lines of several widths as one batch [N, 1, 32, W]: zeros on the right, W a multiple of ``multiple``."""
-    width = -(-max(line.shape[-1] for line in lines) // multiple) * multiple
+def pad(lines: Sequence[Array], multiple: int = 1, least: int = 0) -> Array:
+    """Lines of several widths as one batch [N, 1, 32, W]: zeros on the right, W a multiple from ``least`` on."""
+    width = -(-max(least, *(line.shape[-1] for line in lines)) // multiple) * multiple
     batch = np.zeros((len(lines), 1, HEIGHT, width), np.float32)
     for target, line in zip(batch, lines, strict=True):
         target[:, :, : line.shape[-1]] = line
@@ -66,15 +75,30 @@ def _open(image: str | Path | Image.Image | npt.NDArray[Any], name: str) -> Imag
     if isinstance(image, np.ndarray):
         image = _from_array(image)
     elif not isinstance(image, Image.Image):
-        try:
-            with Image.open(image) as opened:
-                image = ImageOps.exif_transpose(opened)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            reason = getattr(error, "strerror", None) or "no image that Pillow can decode"
-            raise DataError(f"{name}: cannot be read ({reason}); give a PNG, JPEG or similar file") from error
+        with _reading(name), Image.open(image) as opened:
+            image = ImageOps.exif_transpose(opened)
     if 0 in image.size:
         raise DataError(f"{name}: is empty ({image.width} x {image.height}); give a picture of a text line")
     return image
+
+
+@contextlib.contextmanager
+def _reading(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        reason = getattr(error, "strerror", None) or "no image that Pillow can decode"
+        raise DataError(f"{name}: cannot be read ({reason}); give a PNG, JPEG or similar file") from error
+
+
+def _scaled_width(size: tuple[int, int], name: str) -> int:
+    width = max(MIN_WIDTH, round(size[0] * HEIGHT / size[1]))
+    if width > MAX_WIDTH:
+        raise DataError(
+            f"{name}: is {size[0]} x {size[1]} pixels, more than {MAX_WIDTH // HEIGHT} times as wide as high; "
+            "cut it into shorter lines"
+        )
+    return width
 
 
 def _from_array(array: npt.NDArray[Any]) -> Image.Image:

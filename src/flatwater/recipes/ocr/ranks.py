@@ -1,6 +1,6 @@
 """The processes of a training that several take part in, started by ``python -m paddle.distributed.launch``.
 
-The batch of a step is the one that a single process would read. Each rank takes every n-th of its lines, and weighs
+The batch of a step is the one that a single process would read. Each rank makes every n-th of its lines, and weighs
 its loss by its share, so that DataParallel's average of the gradients is the gradient of the whole batch's loss: with
 sync batch norm a training is the same on any number of ranks, but for rounding, learning rate included.
 """
@@ -17,15 +17,17 @@ import paddle
 from paddle import distributed
 
 import flatwater.paddle as fw
-from flatwater.errors import ConfigError, DataError
-from flatwater.paddle.sync.collectives import Operation, communicator_of, world_ranks
+from flatwater.errors import ConfigError
+from flatwater.paddle.sync.collectives import Operation, communicator_of
+from flatwater.paddle.sync.groups import world_ranks
 from flatwater.recipes.ocr.config import Config
-from flatwater.recipes.ocr.data import Batch
 
 __all__ = ["World"]
 
-TIMEOUT = 600.0
-"""Seconds for which ranks wait for one that evaluates or writes."""
+_ADVICE = (
+    "go on from the last checkpoint with --resume; if rank 0 takes longer than that to evaluate or to write, "
+    "raise train.timeout"
+)
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class World:
 
     rank: int = 0
     size: int = 1
+    timeout: float = 60.0
 
     @classmethod
     def join(cls, config: Config) -> World:
@@ -56,7 +59,7 @@ class World:
         if not paddle.device.is_compiled_with_cuda():
             os.environ.setdefault("PADDLE_DISTRI_BACKEND", "gloo")
         distributed.init_parallel_env()
-        world = cls(distributed.get_rank(), size)
+        world = cls(distributed.get_rank(), size, config.train.timeout)
         world.sum("the start", [], f"configuration {zlib.crc32(config.to_yaml().encode()):08x}")
         return world
 
@@ -64,21 +67,6 @@ class World:
     def first(self) -> bool:
         """Whether this is the rank that writes and reports."""
         return self.rank == 0
-
-    def share(self, batch: Batch) -> Batch:
-        """The lines of a batch that are this rank's, as wide as they are in it: norms see the padding, too.
-
-        Raises:
-            DataError: there are fewer lines than ranks.
-        """
-        if self.size == 1:
-            return batch
-        if len(batch.images) < self.size:
-            raise DataError(
-                f"data.labels makes batches of {len(batch.images)} lines, too few for {self.size} ranks; "
-                "give more lines, or start fewer ranks"
-            )
-        return batch.lines(slice(self.rank, None, self.size))
 
     def parallel(self, model: paddle.nn.Layer) -> paddle.nn.Layer:
         """The model, or what averages its gradients over the ranks."""
@@ -96,10 +84,10 @@ class World:
         if self.size == 1:
             return list(values)
         communicator = communicator_of(world_ranks(None), None, paddle.CPUPlace())
-        operation = Operation(what, "average", len(values), detail)
-        return [float(total) for total in communicator.sum(np.array(values, np.float64), operation, TIMEOUT)]
+        operation = Operation(what, "exchange", len(values), detail, advice=_ADVICE)
+        return [float(total) for total in communicator.sum(np.array(values, np.float64), operation, self.timeout)]
 
     def settle(self, model: paddle.nn.Layer) -> None:
         """Make moving statistics equal that ranks may have each for themselves, before they are used or written."""
         if self.size > 1:
-            fw.average_statistics(model, timeout=TIMEOUT)
+            fw.average_statistics(model, timeout=self.timeout)

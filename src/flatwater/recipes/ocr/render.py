@@ -26,7 +26,7 @@ Array = npt.NDArray[np.float32]
 
 
 class Rendered(NamedTuple):
-    """Pictures of lines: float32 [N, 32, W] in [0, 1]; columns from ``widths`` on belong to no line.
+    """Pictures of the chosen lines: float32 [N, 32, W] in [0, 1]; columns from ``widths`` on belong to no line.
 
     ``centres`` and ``advances`` tell, for each line, the column of each character's middle and its width.
     """
@@ -45,25 +45,53 @@ def render(
     sizes: Sequence[int],
     generator: np.random.Generator,
     multiple: int = 1,
+    chosen: slice = slice(None),
 ) -> Rendered:
-    """Draw each text in one of the fonts and sizes; the batch's width is a multiple of ``multiple``."""
-    lines = [_place(text, alphabet, fonts, sizes, generator) for text in texts]
+    """Draw each text in one of the fonts and sizes; the batch's width is a multiple of ``multiple``.
+
+    Of the texts, pictures are made of the ``chosen`` alone, the same as where all are: what is random about the others
+    is drawn from the generator too, and they decide the width with them.
+    """
+    placed = [_place(text, alphabet, fonts, sizes, generator) for text in texts]
+    width = -(-max(line.width for line in placed) // multiple) * multiple
+    lines = placed[chosen]
     widths = np.array([line.width for line in lines], np.int64)
-    width = -(-int(widths.max()) // multiple) * multiple
+    draws = _Draws(generator, len(texts), chosen)
     ink = np.zeros((len(lines), HEIGHT + 2 * _SPARE, width + 2 * _SPARE), np.uint8)
     for canvas, line in zip(ink, lines, strict=True):
         for glyph, row, column in line.glyphs:
             area = canvas[row : row + glyph.shape[0], column : column + glyph.shape[1]]
             np.maximum(area, glyph[: area.shape[0], : area.shape[1]], out=area)
     coverage = ink[:, _SPARE:-_SPARE, _SPARE:-_SPARE].astype(np.float32) / np.float32(255)
-    coverage = _blur(_slant(coverage, generator), generator)
+    coverage = _blur(_slant(coverage, draws), draws)
     return Rendered(
-        pixels=_photograph(coverage, widths, generator),
+        pixels=_photograph(coverage, widths, draws),
         widths=widths,
         centres=[line.centres for line in lines],
         advances=[line.advances for line in lines],
         fonts=[line.font for line in lines],
     )
+
+
+class _Draws:
+    """What is random about each line, drawn for all of them and given for the chosen."""
+
+    def __init__(self, generator: np.random.Generator, count: int, chosen: slice) -> None:
+        self._generator = generator
+        self._count = count
+        self._chosen = chosen
+
+    def uniform(self, low: float, high: float, dimensions: int) -> npt.NDArray[np.float64]:
+        """One number a line, [N, 1 ...] of so many dimensions."""
+        return self._generator.uniform(low, high, (self._count, *[1] * (dimensions - 1)))[self._chosen]
+
+    def happens(self, probability: float) -> npt.NDArray[np.bool_]:
+        """Whether something happens to each line."""
+        return (self._generator.random(self._count) < probability)[self._chosen]
+
+    def noise(self, height: int, width: int) -> Array:
+        """Normal deviates, [N, height, width]."""
+        return self._generator.standard_normal((self._count, height, width), dtype=np.float32)[self._chosen]
 
 
 class _Line(NamedTuple):
@@ -97,21 +125,20 @@ def _place(
     return _Line(font.name, math.ceil(pen - spacing) + int(right), glyphs, centres, advances)
 
 
-def _slant(coverage: Array, generator: np.random.Generator) -> Array:
+def _slant(coverage: Array, draws: _Draws) -> Array:
     """Lean every third line by up to 0.15 columns a row."""
-    count, height, width = coverage.shape
-    lean = generator.uniform(-0.15, 0.15, (count, 1)) * (generator.random((count, 1)) < 1 / 3)
+    _, height, width = coverage.shape
+    lean = draws.uniform(-0.15, 0.15, 2) * draws.happens(1 / 3)[:, None]
     shift = np.rint(lean * (np.arange(height) - (height - 1) / 2)).astype(np.int64)
     columns = np.arange(width) - shift[:, :, None]
     slanted: Array = np.take_along_axis(coverage, columns.clip(0, width - 1), axis=2)
     return slanted
 
 
-def _blur(coverage: Array, generator: np.random.Generator) -> Array:
+def _blur(coverage: Array, draws: _Draws) -> Array:
     """Smear every second line, each axis by its own amount: the kernel is (k, 1 - 2k, k)."""
-    count = len(coverage)
-    strengths = generator.uniform(0.0, 0.28, (2, count, 1, 1)).astype(np.float32)
-    strengths *= (generator.random(count) < 0.5)[:, None, None]
+    strengths = np.stack([draws.uniform(0.0, 0.28, 3) for _ in range(2)]).astype(np.float32)
+    strengths *= draws.happens(0.5)[:, None, None]
     for axis in (1, 2):
         before, here, after = (_part(coverage, axis, start) for start in (0, 1, 2))
         here += strengths[axis - 1] * (before + after - 2 * here)
@@ -125,12 +152,12 @@ def _part(array: Array, axis: int, start: int) -> Array:
     return array[tuple(index)]
 
 
-def _photograph(coverage: Array, widths: npt.NDArray[np.int64], generator: np.random.Generator) -> Array:
+def _photograph(coverage: Array, widths: npt.NDArray[np.int64], draws: _Draws) -> Array:
     """Ink on uneven paper, with noise: float32 in [0, 1]."""
-    count, height, width = coverage.shape
+    _, height, width = coverage.shape
 
     def draw(low: float, high: float) -> Array:
-        return generator.uniform(low, high, (count, 1, 1)).astype(np.float32)
+        return draws.uniform(low, high, 3).astype(np.float32)
 
     x = np.linspace(0, 1, width, dtype=np.float32) * (width / widths.astype(np.float32))[:, None, None]
     y = np.linspace(-1, 1, height, dtype=np.float32)[:, None]
@@ -139,7 +166,7 @@ def _photograph(coverage: Array, widths: npt.NDArray[np.int64], generator: np.ra
     uneven = draw(-0.2, 0.2) * (x - 0.5) + draw(-0.08, 0.08) * y
     uneven += draw(0.0, 0.06) * np.sin(draw(2.0, 14.0) * x + draw(-2.0, 2.0) * y + draw(0.0, 6.3))
     pixels = paper + uneven + (ink - paper) * coverage
-    pixels += draw(0.0, 0.09) * generator.standard_normal(coverage.shape, dtype=np.float32)
+    pixels += draw(0.0, 0.09) * draws.noise(height, width)
     inverted = draw(0.0, 1.0) < 0.2
     clipped: Array = np.clip(np.where(inverted, 1 - pixels, pixels), 0, 1)
     return clipped

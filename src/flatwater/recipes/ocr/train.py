@@ -47,7 +47,9 @@ __all__ = ["CHECKPOINT", "TrainResult", "learning_rate", "train"]
 CHECKPOINT = Path("checkpoint", "last.ckpt")
 """Within a run's folder."""
 
-_MAY_CHANGE = {"train": {"log_every", "evaluate_every", "evaluate_lines", "checkpoint_every", "monitor_every"}}
+_MAY_CHANGE = {
+    "train": {"log_every", "evaluate_every", "evaluate_lines", "checkpoint_every", "monitor_every", "timeout"}
+}
 """Settings that a resumed run may change, since no weight depends on them."""
 
 _BLANK_WEIGHT = 0.2
@@ -145,9 +147,9 @@ class _Training:
         clock = time.perf_counter()
         with Progress(console, settings.steps, self.step) as progress:
             while self.step < settings.steps and not self._stopped(interrupted):
-                batch = self.data.train_batch(self.step)
+                batch = self.data.train_batch(self.step, rank=self.world.rank, ranks=self.world.size)
                 self.losses.append(self._take_step(batch))
-                lines += len(batch.images)
+                lines += batch.whole
                 self.step += 1
                 last = self.step == settings.steps
                 if self.step % settings.log_every == 0 or last:
@@ -171,14 +173,13 @@ class _Training:
         """Whether a rank was told to stop: the same on all of them."""
         return any(self.world.sum(f"who stops before step {self.step + 1}", [interrupted.is_set()]))
 
-    def _take_step(self, whole: Batch) -> float:
+    def _take_step(self, batch: Batch) -> float:
         self.optimizer.set_lr(self._rate())
         self.parallel.train()
         if self.policy is not None:
             self.policy.on_step(self.step)
-        batch = self.world.share(whole)
         # Of the mean over all lines, in what DataParallel divides by the number of ranks.
-        share = self.world.size * len(batch.images) / len(whole.images)
+        share = self.world.size * len(batch.images) / batch.whole
         images = paddle.to_tensor(batch.images)
         with contextlib.nullcontext() if self.on_step is None else self.on_step(self.step + 1, self.model):
             logits = self.parallel(images)
@@ -188,25 +189,28 @@ class _Training:
             paddle.to_tensor(batch.frames),
             paddle.to_tensor(batch.label_lengths),
         )
-        [value] = self.world.sum(f"the loss of step {self.step + 1}", [ctc.item() / self.world.size])
+        [value, weight] = self.world.sum(
+            f"the loss of step {self.step + 1}", [ctc.item() / self.world.size, _weight_of(batch.alignment)]
+        )
         if not math.isfinite(value):
             raise FlatwaterError(
                 f"the loss became {value} at step {self.step + 1}; lower optimizer.learning_rate "
                 f"(now {self.config.optimizer.learning_rate}), or choose norm.kind=batch_norm"
             )
-        self._total(ctc, logits, batch, whole).backward()
+        self._total(ctc, logits, batch, weight).backward()
         self.optimizer.step()
         self.optimizer.clear_grad()
         return value
 
-    def _total(self, ctc: paddle.Tensor, logits: paddle.Tensor, batch: Batch, whole: Batch) -> paddle.Tensor:
+    def _total(self, ctc: paddle.Tensor, logits: paddle.Tensor, batch: Batch, weight: float) -> paddle.Tensor:
+        """The loss; ``weight`` is that of all frames of the whole batch."""
         aligned = self.config.train.alignment * self.config.train.steps
-        if not aligned or batch.alignment is None or whole.alignment is None or self.step >= aligned:
+        if not aligned or batch.alignment is None or self.step >= aligned:
             return ctc
         frames = F.cross_entropy(
             logits, paddle.to_tensor(batch.alignment), weight=self.frame_weight, ignore_index=IGNORE
         )
-        share = self.world.size * _weight_of(batch.alignment) / _weight_of(whole.alignment)
+        share = self.world.size * _weight_of(batch.alignment) / weight
         part = 1 - self.step / aligned
         return part * share * frames + (1 - part) * ctc
 
@@ -270,8 +274,10 @@ def _optimizer(config: OptimizerConfig, model: Recognizer) -> paddle.optimizer.O
     return paddle.optimizer.Momentum(momentum=config.momentum, use_nesterov=True, **common)
 
 
-def _weight_of(alignment: npt.NDArray[np.int64]) -> float:
+def _weight_of(alignment: npt.NDArray[np.int64] | None) -> float:
     """By what the cross entropy of these frames divides the sum of its terms."""
+    if alignment is None:
+        return 0.0
     return float(np.where(alignment == BLANK, _BLANK_WEIGHT, 1.0)[alignment != IGNORE].sum())
 
 
