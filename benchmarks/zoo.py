@@ -37,10 +37,10 @@ class Entry(NamedTuple):
     beside: Sequence[str] = ()
 
 
-def _vision(name: str, side: int = 64) -> Entry:
+def _vision(name: str, side: int = 64, **options: bool) -> Entry:
     def build() -> Any:
         models = import_module("paddle.vision.models")
-        return getattr(models, name)(pretrained=False)
+        return getattr(models, name)(pretrained=False, **options)
 
     return Entry("paddle", (2, 3, side, side), build)
 
@@ -215,11 +215,7 @@ ZOO: dict[str, Entry] = {
     **{name: _vision(name) for name in VISION.split()},
     "googlenet": _vision("googlenet", 224),
     "inception_v3": _vision("inception_v3", 96),
-    "vgg11 (batch_norm)": Entry(
-        "paddle",
-        (2, 3, 64, 64),
-        lambda: import_module("paddle.vision.models").vgg11(pretrained=False, batch_norm=True),
-    ),
+    **{f"{name} (batch_norm)": _vision(name, batch_norm=True) for name in ("vgg11", "vgg13", "vgg16", "vgg19")},
     **{name: _classification(name) for name in CLASSIFICATION.split()},
     **{name: _classification(name, side) for side, names in CLASSIFICATION_AT.items() for name in names.split()},
     "PP-OCR direction classifier": _text(DIRECTION, DIRECTION_SHAPE),

@@ -110,7 +110,7 @@ UNFOLDABLE: dict[str, tuple[Callable[[Any, paddle.Tensor], paddle.Tensor], str]]
     "read by a maximum": (_read_twice(lambda y: y.max()), "something besides it"),
     "read by a residual sum": (_read_twice(lambda y: y), "something besides it"),
     "read in a window": (_read_twice(lambda y: F.max_pool2d(y, 3, 1, 1)), "something besides it"),
-    "changed in place": (_in_place, "something besides it"),
+    "changed in place": (_in_place, "was not written by"),
     "conv runs twice": (
         lambda net, x: net.norm2(net.conv2(net.conv(F.relu(net.norm(net.conv(x)))))),
         "runs 2 times",

@@ -13,7 +13,7 @@ from flatwater.errors import ExportError, VerificationError
 from flatwater.files import write_whole
 from flatwater.inspection import Norm, find_way
 from flatwater.onnx.absorb import absorb, norm_values
-from flatwater.onnx.inspect import graph_of
+from flatwater.onnx.inspect import graph_of, graphs_of
 from flatwater.onnx.model import load_onnx, weight_dtype
 from flatwater.onnx.optimise import optimise
 from flatwater.onnx.runtime import onnx_forms, onnx_inputs, open_onnx
@@ -21,6 +21,7 @@ from flatwater.surgery.arithmetic import check_statistics
 from flatwater.verify import (
     VerifyReport,
     batch_sizes_of,
+    check_tolerance,
     compare_forms,
     default_tolerance,
     look_inside,
@@ -76,9 +77,10 @@ def fold_onnx(
 ) -> OnnxFoldReport:
     """Fold the batch norms of an ONNX model, compare with the original in ONNX Runtime, and only then write the file.
 
-    ONNX Runtime folds what it can (:mod:`flatwater.onnx.optimise`), and :mod:`flatwater.onnx.absorb` the rest. Inputs,
-    outputs, their names and the operator sets stay, and nothing in the file is for one kind of processor. A model of
-    which no norm can be folded is written as it was.
+    ONNX Runtime folds what it can (:mod:`flatwater.onnx.optimise`), and :mod:`flatwater.onnx.absorb` the rest; all of
+    it where weights are not float32, for on CPUs ONNX Runtime would turn half precision into float32. Inputs, outputs,
+    their names and the operator sets stay, and nothing in the file is for one kind of processor. A model of which no
+    norm can be folded is written as it was.
 
     Args:
         path: the model.
@@ -110,7 +112,7 @@ def fold_onnx(
     examples = running_inputs(run, specs, inputs)
 
     before = _norms(original)
-    folded = optimise(original)
+    folded = optimise(original) if _computes_in_float32(original) else _copy(original)
     absorb(folded)
     after = _norms(folded)
     gone = [name for name in before if name not in after]
@@ -120,7 +122,7 @@ def fold_onnx(
         onnx_forms(result),
         examples,
         batch_sizes=batch_sizes_of(specs, batch_sizes),
-        tolerance=default_tolerance(weight_dtype(original)) if tolerance is None else tolerance,
+        tolerance=default_tolerance(weight_dtype(original)) if tolerance is None else check_tolerance(tolerance),
         reference="the original, unoptimised",
         look=look_inside(reference),
         adapt=tolerance is None,
@@ -159,7 +161,21 @@ def _norms(model: onnx.ModelProto) -> dict[str, str]:
 
 
 def _check_statistics(model: onnx.ModelProto) -> None:
-    initializers = {tensor.name: tensor for tensor in model.graph.initializer}
-    for node in model.graph.node:
-        if node.op_type == "BatchNormalization" and initializers.keys() >= set(node.input[1:5]):
-            check_statistics(node.name or node.output[0], norm_values(node, initializers))
+    initializers: dict[str, onnx.TensorProto] = {}
+    for graph in graphs_of(model.graph):
+        initializers |= {tensor.name: tensor for tensor in graph.initializer}
+    for graph in graphs_of(model.graph):
+        for node in graph.node:
+            if node.op_type == "BatchNormalization" and initializers.keys() >= set(node.input[1:5]):
+                check_statistics(node.name or node.output[0], norm_values(node, initializers))
+
+
+def _computes_in_float32(model: onnx.ModelProto) -> bool:
+    floats = {onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE}
+    return not any(tensor.data_type in floats for graph in graphs_of(model.graph) for tensor in graph.initializer)
+
+
+def _copy(model: onnx.ModelProto) -> onnx.ModelProto:
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    return copy

@@ -12,7 +12,7 @@ from flatwater.inspection import Graph, Inspection, Linear, Norm, Operation, Shi
 from flatwater.inspection.graph import Part
 from flatwater.onnx.model import load_onnx
 
-__all__ = ["attributes_of", "graph_of", "inspect_onnx", "node_name"]
+__all__ = ["attributes_of", "graph_of", "graphs_of", "inspect_onnx", "node_name"]
 
 _NORMS = {
     "BatchNormalization": "batch_norm",
@@ -47,13 +47,13 @@ def graph_of(model: onnx.ModelProto) -> Graph:
     constants: set[str] = set()
     results: set[str] = set()
     operations = []
-    for graph in _graphs(model.graph):
+    for graph in graphs_of(model.graph):
         # From IR version 4 on, an initializer that is an input too is only a default that callers override.
         inputs = {entry.name for entry in graph.input} if model.ir_version >= 4 else set()
         constants |= {tensor.name for tensor in graph.initializer} - inputs
         constants |= {tensor.values.name for tensor in graph.sparse_initializer} - inputs
         results |= {entry.name for entry in graph.output}
-    for graph in _graphs(model.graph):
+    for graph in graphs_of(model.graph):
         for node in graph.node:
             nested = any(attribute.HasField("g") or attribute.graphs for attribute in node.attribute)
             if not nested and not node.op_type.startswith("Random") and set(filter(None, node.input)) <= constants:
@@ -77,9 +77,9 @@ class _Known(NamedTuple):
 def _without_identities(model: onnx.ModelProto) -> onnx.ModelProto:
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
-    results = {entry.name for graph in _graphs(copy.graph) for entry in graph.output}
+    results = {entry.name for graph in graphs_of(copy.graph) for entry in graph.output}
     names: dict[str, str] = {}
-    for graph in _graphs(copy.graph):
+    for graph in graphs_of(copy.graph):
         kept = []
         for node in graph.node:
             node.input[:] = [names.get(name, name) for name in node.input]
@@ -93,19 +93,20 @@ def _without_identities(model: onnx.ModelProto) -> onnx.ModelProto:
     return copy
 
 
-def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+def graphs_of(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """The graph, and all that are nested in it."""
     yield graph
     for node in graph.node:
         for attribute in node.attribute:
             for nested in (attribute.g, *attribute.graphs):
                 if nested.node or nested.output:
-                    yield from _graphs(nested)
+                    yield from graphs_of(nested)
 
 
 def _shapes(model: onnx.ModelProto) -> dict[str, list[int | None]]:
     """Of every tensor whose rank is known; None for sizes that are not."""
     shapes: dict[str, list[int | None]] = {}
-    for graph in _graphs(onnx.shape_inference.infer_shapes(model, data_prop=True).graph):
+    for graph in graphs_of(onnx.shape_inference.infer_shapes(model, data_prop=True).graph):
         for entry in (*graph.input, *graph.value_info, *graph.output):
             if entry.type.tensor_type.HasField("shape"):
                 dimensions = entry.type.tensor_type.shape.dim

@@ -27,7 +27,7 @@ def load_onnx(path: Path, *, weights: bool = True) -> onnx.ModelProto:
     if not path.is_file():
         raise CheckpointError(f"{path}: there is no such file; give an ONNX model")
     try:
-        model = onnx.load(str(path), load_external_data=False)
+        model = onnx.load(str(path), format="protobuf", load_external_data=False)
     except DecodeError as error:
         raise CheckpointError(f"{path}: is not an ONNX model, or it was cut short; export it again") from error
     # Protobuf takes many a file that is something else for a message without content.

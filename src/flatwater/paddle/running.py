@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ __all__ = [
     "Inputs",
     "SyncBatchNormOnCPU",
     "as_inputs",
+    "called",
     "evaluating",
     "fixed_randomness",
     "flatten",
@@ -25,8 +27,10 @@ __all__ = [
     "map_tensors",
     "parameter_dtype",
     "run",
+    "run_to_arrays",
     "to_numpy",
     "undisturbed",
+    "untouched",
 ]
 
 
@@ -46,7 +50,8 @@ def as_inputs(inputs: Any, *, nested: bool = False) -> Inputs:
     """A tensor or array, a list or tuple of them (arguments in order), or a dict (arguments by name).
 
     Args:
-        nested: whether an argument may itself be a dict, list or tuple of tensors, for callers that only run the model.
+        nested: whether an argument may be a dict, list or tuple of tensors, a number or None, for callers that only run
+            the model.
 
     Raises:
         InputError: there is none, or something that is neither a tensor nor an array.
@@ -74,7 +79,7 @@ def map_tensors(value: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def _nest(value: Any) -> Any:
-    return map_tensors(value, _tensor)
+    return map_tensors(value, lambda item: item if isinstance(item, bool | int | float | None) else _tensor(item))
 
 
 def _tensor(value: Any) -> paddle.Tensor:
@@ -107,10 +112,54 @@ def flatten(value: Any) -> list[paddle.Tensor]:
     if isinstance(value, paddle.Tensor | paddle.pir.Value):
         return [value]
     if isinstance(value, Mapping):
-        value = [value[key] for key in sorted(value)]
+        value = [value[key] for key in _ordered(value)]
     if isinstance(value, list | tuple):
         return [tensor for item in value for tensor in flatten(item)]
     return []
+
+
+def run_to_arrays(model: paddle.nn.Layer, inputs: Inputs) -> list[npt.NDArray[Any]]:
+    """As :func:`run`, and everything that can be compared: tensors, arrays and numbers, in whatever holds them."""
+    with paddle.no_grad(), fixed_randomness():
+        return list(_comparable(called(model, inputs), set()))
+
+
+def _comparable(value: Any, seen: set[int]) -> Iterator[npt.NDArray[Any]]:
+    if isinstance(value, paddle.Tensor):
+        yield to_numpy(value)
+    elif isinstance(value, np.ndarray | np.generic | bool | int | float):
+        array = np.array(value)
+        if array.dtype.kind in "biuf":
+            yield array
+    elif id(value) not in seen:
+        seen.add(id(value))
+        if isinstance(value, Mapping):
+            held: Any = [value[key] for key in _ordered(value)]
+        elif isinstance(value, list | tuple | set | frozenset):
+            held = value
+        else:  # an object of the model's own, but not the model itself, a class or a function
+            opaque = callable(value) or isinstance(value, ModuleType)
+            held = () if opaque else getattr(value, "__dict__", {}).values()
+        for item in held:
+            yield from _comparable(item, seen)
+
+
+def called(model: paddle.nn.Layer, inputs: Inputs) -> Any:
+    """What the model makes of copies: one that works in place does not see its own changes the next time."""
+    args, kwargs = (map_tensors(one, _copied) for one in (inputs.args, inputs.kwargs))
+    return model(*args, **kwargs)
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, paddle.Tensor) else value
+
+
+def _ordered(value: Mapping[Any, Any]) -> list[Any]:
+    """The keys, sorted where they can be."""
+    try:
+        return sorted(value)
+    except TypeError:
+        return sorted(value, key=str)
 
 
 def to_numpy(tensor: paddle.Tensor) -> npt.NDArray[Any]:
@@ -132,7 +181,7 @@ def parameter_dtype(model: paddle.nn.Layer) -> str:
 def run(model: paddle.nn.Layer, inputs: Inputs) -> list[paddle.Tensor]:
     """The model's output tensors, without gradients, at a fixed point of the random number stream."""
     with paddle.no_grad(), fixed_randomness():
-        return flatten(model(*inputs.args, **inputs.kwargs))
+        return flatten(called(model, inputs))
 
 
 @contextlib.contextmanager
@@ -188,6 +237,17 @@ def undisturbed(model: paddle.nn.Layer) -> Iterator[Callable[[], None]]:
     Yields:
         What puts the random number streams back to where they were.
     """
+    with untouched(model) as rewind, evaluating(model), paddle.no_grad():
+        yield rewind
+
+
+@contextlib.contextmanager
+def untouched(model: paddle.nn.Layer) -> Iterator[Callable[[], None]]:
+    """Buffers and randomness are afterwards what they were, whatever the model did to them.
+
+    Yields:
+        What puts the random number streams back to where they were.
+    """
     # By layer, for ``self.buffer = self.buffer + 1`` puts another tensor into its place.
     places = [(layer._buffers, dict(layer._buffers)) for _, layer in layers_of(model)]
     buffers = [(buffer, buffer.clone()) for _, held in places for buffer in held.values() if buffer is not None]
@@ -200,8 +260,7 @@ def undisturbed(model: paddle.nn.Layer) -> Iterator[Callable[[], None]]:
         random.setstate(streams[2])
 
     try:
-        with evaluating(model), paddle.no_grad():
-            yield rewind
+        yield rewind
     finally:
         rewind()
         for place, held in places:

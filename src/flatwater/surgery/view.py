@@ -78,7 +78,8 @@ class Trace:
         linears, norms: path -> why this layer can never be folded, None if nothing speaks against it.
         calls: in the order in which they ran.
         ports: the linear layers' channels.
-        shared: linear path -> the other linears with which it has a parameter in common.
+        shared: path of a linear or norm layer -> the others with which it has a parameter in common, for a norm
+            layers of any kind.
         fused: path of a norm -> what it applies itself behind its arithmetic, as words: an activation, a residual.
     """
 

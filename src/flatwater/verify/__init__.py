@@ -1,6 +1,13 @@
 """The same inputs through every form of a model, side by side."""
 
-from flatwater.verify.compare import TOLERANCES, Difference, default_tolerance, difference, largest_difference
+from flatwater.verify.compare import (
+    TOLERANCES,
+    Difference,
+    check_tolerance,
+    default_tolerance,
+    difference,
+    largest_difference,
+)
 from flatwater.verify.divergence import find_divergence, look_inside
 from flatwater.verify.forms import Arrays, Decode, Form, Inside, Look, Run, Written, one_line
 from flatwater.verify.html import verify_page
@@ -32,6 +39,7 @@ __all__ = [
     "VerifyRow",
     "Written",
     "batch_sizes_of",
+    "check_tolerance",
     "compare_forms",
     "default_tolerance",
     "difference",

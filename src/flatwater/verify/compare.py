@@ -8,9 +8,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from flatwater.errors import InputError
+
 __all__ = [
     "TOLERANCES",
     "Difference",
+    "check_tolerance",
     "default_tolerance",
     "difference",
     "largest_difference",
@@ -37,6 +40,18 @@ class Difference(NamedTuple):
     max_abs: float
     max_rel: float
     note: str = ""
+
+
+def check_tolerance(tolerance: float) -> float:
+    """The tolerance, if it is one.
+
+    Raises:
+        InputError: it is no finite number of at least 0. Against NaN everything would pass.
+    """
+    number = isinstance(tolerance, int | float | np.number) and not isinstance(tolerance, bool)
+    if not number or not 0 <= tolerance < np.inf:
+        raise InputError(f"tolerance={tolerance!r} is no finite number of at least 0; give how far outputs may be off")
+    return float(tolerance)
 
 
 def default_tolerance(dtype: str) -> float:

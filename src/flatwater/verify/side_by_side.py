@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
+
 from flatwater.errors import CheckpointError, InputError
 from flatwater.rounding import NOISE_FACTOR, shaken, with_rounding
 from flatwater.verify.compare import Difference, largest_difference, same_argmax, same_items
@@ -48,7 +50,7 @@ def compare_forms(
         without: names of forms that are not compared, which the report says.
 
     Raises:
-        InputError: ``without`` names a form that there is not.
+        InputError: ``without`` names a form that there is not, or ``live`` does not run at a batch size.
         CheckpointError: a file is not a model of its kind.
     """
     if unknown := [name for name in without if name not in {form.name for form in forms}]:
@@ -56,7 +58,11 @@ def compare_forms(
         raise InputError(f"without={list(unknown)!r} is no form of this model; its forms are {known}")
     forms = [form for form in forms if form.name not in without]
     batches = {size: resize_batch(inputs, size) for size in batch_sizes}
-    expected = {size: live(batch) for size, batch in batches.items()}
+    expected = {size: _expected(live, batch, size, reference) for size, batch in batches.items()}
+    findings = list(findings)
+    if any(np.isnan(array).any() for arrays in expected.values() for array in arrays if array.dtype.kind == "f"):
+        problem = "yields NaN on these inputs, so comparing proves nothing; give inputs on which it computes numbers"
+        findings.append(Finding(reference, problem))
     rows = []
     noise: dict[int, float] = {}
     moved: tuple[Form, int] | None = None
@@ -96,7 +102,18 @@ def compare_forms(
         form, size = moved
         diverging = _explain(form, look, batches[size], with_rounding(tolerance, noise.get(size, 0.0)))
     multiplied = [one for one in noise.values() if with_rounding(tolerance, one) > tolerance]
-    return VerifyReport(rows, reference, list(findings), diverging, max(multiplied, default=None), list(without))
+    return VerifyReport(rows, reference, findings, diverging, max(multiplied, default=None), list(without))
+
+
+def _expected(live: Run, batch: Arrays, size: int, reference: str) -> Arrays:
+    try:
+        return live([array.copy() for array in batch])
+    except (CheckpointError, MemoryError):
+        raise
+    except Exception as error:  # whatever a runtime raises on a size that the model cannot take
+        raise InputError(
+            f"{reference} does not run at batch size {size}: {one_line(error)}; give batch sizes that it takes"
+        ) from error
 
 
 def _broken(name: str, size: int, tolerance: float, note: str) -> VerifyRow:

@@ -16,7 +16,16 @@ from flatwater.paddle.running import as_inputs, evaluating, layers_of, parameter
 from flatwater.paddle.shipping.examples import input_spec
 from flatwater.paddle.shipping.forms import ModelFiles, forms_of, live_form, load_program, program_inputs
 from flatwater.paddle.shipping.localize import look_at
-from flatwater.verify import Decode, Finding, VerifyReport, batch_sizes_of, compare_forms, default_tolerance, one_line
+from flatwater.verify import (
+    Decode,
+    Finding,
+    VerifyReport,
+    batch_sizes_of,
+    check_tolerance,
+    compare_forms,
+    default_tolerance,
+    one_line,
+)
 
 __all__ = ["verify"]
 
@@ -80,7 +89,7 @@ def verify(
             forms_of(files, parameter_dtype(model)),
             examples.arrays(),
             batch_sizes=batch_sizes,
-            tolerance=default_tolerance(parameter_dtype(model)) if tolerance is None else tolerance,
+            tolerance=default_tolerance(parameter_dtype(model)) if tolerance is None else check_tolerance(tolerance),
             decode=decode,
             findings=findings,
             look=look,

@@ -2,8 +2,11 @@
 
 That a tensor is the same is seen at once. That its values were only moved (reshaped, transposed, sliced, split,
 joined, shuffled, dropped out in ``eval()``) is found by experiment: every layer writes numbers that occur once in
-the whole run, and a layer that reads such a number reads that element. Three runs with other numbers (other signs,
-magnitudes and orders) tell a copy from what only looks like one: an activation, a maximum, a median.
+the whole run, and a layer that reads such a number reads that element. Six runs with other numbers (both signs at
+each magnitude, other orders) tell a copy from what only looks like one: an activation, a bound on one side, a median.
+
+What a layer writes is what its own ``forward`` returned: a hook of the user's that puts something else in its place
+stands between it and whoever reads that, like any other code.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import paddle
 
 from flatwater.surgery import ELSEWHERE, Source
 
-__all__ = ["Piece", "Seen", "find_copies", "find_pieces", "trace_calls"]
+__all__ = ["Piece", "Seen", "find_copies", "find_pieces", "hook_first", "trace_calls"]
 
 _Integers: TypeAlias = npt.NDArray[np.int64]
 
@@ -58,26 +61,35 @@ class Piece(NamedTuple):
 def trace_calls(layers: Mapping[str, paddle.nn.Layer], run: Callable[[], Any]) -> list[Seen]:
     """Every call of ``layers`` while ``run`` runs, in order."""
     calls: list[Seen] = []
-    # No tensor is kept alive for this; a reference that is dead, or to another tensor of the same id, is no match.
-    writers: dict[int, tuple[weakref.ref[Any], int]] = {}
+    # No tensor is kept alive for this; a reference that is dead, or to another tensor of the same id, is no match, nor
+    # is a tensor that was changed in place since.
+    writers: dict[int, tuple[weakref.ref[Any], int, int]] = {}
 
     def hook(path: str) -> Callable[..., None]:
         def note(_: paddle.nn.Layer, inputs: tuple[Any, ...], output: Any) -> None:
             reads = inputs[0] if inputs and isinstance(inputs[0], paddle.Tensor) else None
             written = output if isinstance(output, paddle.Tensor) else None
             known = writers.get(id(reads))
-            same = known[1] if known is not None and known[0]() is reads else None
+            unchanged = known is not None and known[0]() is reads and known[2] == _version(reads)
+            same = known[1] if known is not None and unchanged else None
             if written is not None:
-                writers[id(written)] = weakref.ref(written), len(calls)
+                writers[id(written)] = weakref.ref(written), len(calls), _version(written)
             calls.append(Seen(path, _shape(reads), _shape(written), same, any(x is not None for x in inputs[1:])))
 
         return note
 
     with contextlib.ExitStack() as hooks:
         for path, layer in layers.items():
-            hooks.callback(layer.register_forward_post_hook(hook(path)).remove)
+            hooks.callback(hook_first(layer, hook(path)).remove)
         run()
     return calls
+
+
+def hook_first(layer: paddle.nn.Layer, hook: Callable[..., Any]) -> Any:
+    """Register a hook that runs right behind ``forward``, before those of the user's; returns what removes it."""
+    registered = layer.register_forward_post_hook(hook)
+    layer._forward_post_hooks.move_to_end(registered._hook_id, last=False)
+    return registered
 
 
 def find_copies(
@@ -136,7 +148,9 @@ class _Fill(NamedTuple):
     stride: float
 
 
-_FILLS = (_Fill(1.0, 0, 0.38), _Fill(-1.0, 20, 0.38), _Fill(1.0, -20, 0.71))
+_FILLS = tuple(
+    _Fill(sign, exponent, stride) for exponent, stride in ((0, 0.38), (20, 0.71), (-20, 0.38)) for sign in (1.0, -1.0)
+)
 
 
 class _Markers:
@@ -258,7 +272,7 @@ def _run_marked(
 
     with contextlib.ExitStack() as hooks:
         for path, layer in layers.items():
-            hooks.callback(layer.register_forward_post_hook(hook(path)).remove)
+            hooks.callback(hook_first(layer, hook(path)).remove)
         try:
             run()
         except MemoryError:
@@ -278,6 +292,11 @@ def _coprime(start: int, size: int) -> int:
     while math.gcd(step, size) > 1:
         step += 1
     return step
+
+
+def _version(tensor: Any) -> int:
+    """How often it was changed in place."""
+    return int(tensor.inplace_version)
 
 
 def _shape(value: Any) -> tuple[int, ...] | None:

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import paddle
 
-from flatwater.paddle.surgery.dataflow import Piece, Seen, find_pieces
+from flatwater.paddle.surgery.dataflow import Piece, Seen, find_pieces, hook_first
 from flatwater.surgery import Fold
 
 __all__ = ["POISONS", "Poison", "Readings", "poisoned", "read_elsewhere", "readings_of"]
@@ -154,7 +154,7 @@ def _hiding(
         for path in {path for fold in folds for path in fold.readers}:
             hooks.callback(layers[path].register_forward_pre_hook(reveal(path)).remove)
         for path in {path for fold in folds for path in fold.hidden}:
-            hooks.callback(layers[path].register_forward_post_hook(hide(path)).remove)
+            hooks.callback(hook_first(layers[path], hide(path)).remove)
         yield
 
 

@@ -13,7 +13,17 @@ import paddle
 from flatwater.errors import SurgeryError
 from flatwater.paddle import layers
 from flatwater.paddle.kinds import BATCH_NORMS, SAMPLE_NORMS, normalizes_by_batch
-from flatwater.paddle.running import Inputs, SyncBatchNormOnCPU, flatten, layers_of, run, to_numpy
+from flatwater.paddle.running import (
+    Inputs,
+    SyncBatchNormOnCPU,
+    called,
+    flatten,
+    layers_of,
+    map_tensors,
+    run,
+    run_to_arrays,
+    to_numpy,
+)
 from flatwater.paddle.surgery.dataflow import Seen, find_copies, trace_calls
 from flatwater.paddle.surgery.folded import FoldedNorm
 from flatwater.paddle.surgery.linears import LINEARS, channel_axis, layout_of, linear_obstacle, ports_of
@@ -88,7 +98,7 @@ class PaddleView:
                 "give what you would call it with"
             ) from error
         self._calls = calls
-        linears = {path: linear_obstacle(layer, self._strangers(layer)) for path, layer in self.linears.items()}
+        linears = {path: linear_obstacle(layer, sorted(self._strangers(layer))) for path, layer in self.linears.items()}
         norms = {path: _norm_obstacle(layer) for path, layer in self.norms.items()}
         sources = [self._source(call) for call in calls]
         unknown = {index for index, call in enumerate(calls) if call.same is None}
@@ -100,7 +110,10 @@ class PaddleView:
             norms,
             [Call(call.path, source, self._note(call)) for call, source in zip(calls, sources, strict=True)],
             {path: ports_of(layer) for path, layer in self.linears.items()},
-            {path: shared for path, layer in self.linears.items() if (shared := self._sharing(path, layer))},
+            {
+                **{path: shared for path, layer in self.linears.items() if (shared := self._sharing(path, layer))},
+                **{path: shared for path, layer in self.norms.items() if (shared := self._strangers(layer))},
+            },
             {path: what for path in norms if (what := self._fused(path, calls))},
         )
 
@@ -144,9 +157,10 @@ class PaddleView:
         """The linear layers with which this one has a parameter in common."""
         return {other for other, one in self.linears.items() if one is not layer and _share(layer, one)}
 
-    def _strangers(self, layer: paddle.nn.Layer) -> list[str]:
+    def _strangers(self, layer: paddle.nn.Layer) -> set[str]:
         """The layers that are not linear and have a parameter in common with this one."""
-        return [path for path, one in self.layers.items() if path not in self.linears and _share(layer, one)]
+        others = self.layers.items() - self.linears.items()
+        return {path for path, one in others if one is not layer and _share(layer, one)}
 
     # --- Values ---------------------------------------------------------------------------------------
 
@@ -177,9 +191,9 @@ class PaddleView:
         with contextlib.ExitStack() as hooks:
             for path in self.norms:
                 hooks.callback(present[path].register_forward_post_hook(hook(path)).remove)
-            tensors = run(self.model, _shaken(self.inputs) if shaken else self.inputs)
-        names = ["the output"] if len(tensors) == 1 else [f"output {index}" for index in range(len(tensors))]
-        return Observation(dict(zip(names, map(to_numpy, tensors), strict=True)), norms)
+            arrays = run_to_arrays(self.model, _shaken(self.inputs) if shaken else self.inputs)
+        names = ["the output"] if len(arrays) == 1 else [f"output {index}" for index in range(len(arrays))]
+        return Observation(dict(zip(names, arrays, strict=True)), norms)
 
     def unprovable(self, observation: Observation) -> str | None:
         arrays = list(observation.outputs.values())
@@ -225,7 +239,7 @@ class PaddleView:
             paddle.set_rng_state(state)
 
     def _run_with_gradients(self) -> list[paddle.Tensor]:
-        return flatten(self.model(*self.inputs.args, **self.inputs.kwargs))
+        return flatten(called(self.model, self.inputs))
 
     def movements(self, before: Observation, after: Observation) -> Movements:
         outputs = {name: _movement(name, array, after.outputs.get(name)) for name, array in before.outputs.items()}
@@ -350,11 +364,11 @@ def _sample(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
 def _shaken(inputs: Inputs) -> Inputs:
     """Every float moved up or down by one unit in the last place."""
 
-    def shake(tensor: paddle.Tensor) -> paddle.Tensor:
-        if not tensor.is_floating_point():
+    def shake(tensor: Any) -> Any:
+        if not isinstance(tensor, paddle.Tensor) or not tensor.is_floating_point():
             return tensor
         signs = np.random.default_rng(20150211).choice([-1.0, 1.0], tensor.shape)
         steps = paddle.to_tensor(signs * paddle.finfo(tensor.dtype).eps, place=tensor.place).astype(tensor.dtype)
         return tensor + tensor * steps
 
-    return Inputs(tuple(map(shake, inputs.args)), {name: shake(value) for name, value in inputs.kwargs.items()})
+    return Inputs(map_tensors(inputs.args, shake), map_tensors(inputs.kwargs, shake))
