@@ -44,11 +44,12 @@ class SyncBatchNorm(_BatchNorm, paddle.nn.SyncBatchNorm):
     batches of unequal size, a loss that is a mean over samples has to be weighted by the rank's share of them.)
 
     Faults: every rank has to run the same layers in the same order, in both directions. A rank that died, that
-    stays away for longer than ``timeout``, or that comes with another layer, channel count or running mean, ends
-    the others' calls with a DistributedError that says what each rank was at, within ``timeout``, and within seconds
-    where a connection is closed. Afterwards nothing can be shared with these ranks, by no layer and no
-    ``average_statistics``: start all of them again. From a backward pass, Paddle raises an OSError with that text in
-    it. Layers are told apart by their names, ``layer.full_name()``: build them in the same order on every rank.
+    stays away for longer than ``timeout``, or that comes with another layer, channel count, setting (epsilon, momentum,
+    format, activation) or other moving statistics, ends the others' calls with a DistributedError that says what each
+    rank was at, within ``timeout``, and within seconds where a connection is closed. Afterwards nothing can be shared
+    with these ranks, by no layer and no ``average_statistics``: start all of them again. From a backward pass, Paddle
+    raises an OSError with that text in it. Layers are told apart by their names, ``layer.full_name()``: build them in
+    the same order on every rank.
 
     Args:
         num_features: channels.

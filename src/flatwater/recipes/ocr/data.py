@@ -171,7 +171,7 @@ class DataSource:
 
     def _width(self, sample: Sample) -> int:
         """How wide a labelled line is, which another rank reads."""
-        assert isinstance(sample.picture, Path)
+        assert isinstance(sample.picture, Path)  # as read_label_list makes them
         if sample.picture not in self._widths:
             self._widths[sample.picture] = line_width(sample.picture)
         return self._widths[sample.picture]
