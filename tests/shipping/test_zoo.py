@@ -72,9 +72,11 @@ def test_folded_and_back(name: str) -> None:
     other = paddle.to_tensor(np.random.default_rng(8).normal(size=entry.shape).astype(np.float32))
     moved = _outputs(model, other)
     report.undo()
-    if report.tolerance <= TOLERANCE:  # else rounding is multiplied, on other inputs by another factor
+    # On these, rounding is multiplied by another factor, up to 2e-4 where folding saw less than 1e-4. A γ off by 1% moves
+    # such networks by 1e-2. Where folding saw more, they may be off by anything.
+    if report.tolerance <= TOLERANCE:
         for one, two in zip(moved, _outputs(model, other), strict=True):
-            assert np.abs(one - two).max() <= TOLERANCE * np.abs(two).max()
+            assert np.abs(one - two).max() <= 10 * TOLERANCE * np.abs(two).max()
     after = _state(model)
     assert list(after) == list(before)
     assert all(after[key] == before[key] for key in before)
