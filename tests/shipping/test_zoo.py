@@ -72,8 +72,8 @@ def test_folded_and_back(name: str) -> None:
     other = paddle.to_tensor(np.random.default_rng(8).normal(size=entry.shape).astype(np.float32))
     moved = _outputs(model, other)
     report.undo()
-    # On these, rounding is multiplied by another factor, up to 2e-4 where folding saw less than 1e-4. A γ off by 1% moves
-    # such networks by 1e-2. Where folding saw more, they may be off by anything.
+    # On these, rounding is multiplied by another factor, up to 2e-4 where folding saw less than 1e-4; a γ off by 1%
+    # moves such networks by 1e-2. Where folding saw more, they may be off by anything.
     if report.tolerance <= TOLERANCE:
         for one, two in zip(moved, _outputs(model, other), strict=True):
             assert np.abs(one - two).max() <= 10 * TOLERANCE * np.abs(two).max()
