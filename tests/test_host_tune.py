@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -126,3 +127,10 @@ def test_launch_runs_the_command_with_the_settings_and_keeps_the_users() -> None
 def test_a_program_that_does_not_exist_is_named() -> None:
     with pytest.raises(BackendError, match="no-such-program"):
         host.launch(["no-such-program"])
+
+
+def test_launch_leaves_signals_as_a_shell_has_them() -> None:
+    command = ["sh", "-c", "grep SigIgn /proc/self/status"]
+    result = run(f"from flatwater import host; host.launch({command!r})")
+    ignored = int(result.split()[1], 16)
+    assert not ignored & (1 << (signal.SIGPIPE - 1) | 1 << (signal.SIGXFSZ - 1))

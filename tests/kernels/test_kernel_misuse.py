@@ -128,6 +128,11 @@ MISTAKES: list[tuple[str, Callable[[], Any], str]] = [
         lambda: kernels.Buffer.from_numpy(np.zeros(34, np.uint8)[2:].view(np.float32).reshape(2, 4)),
         "begins inside an element",
     ),
+    (
+        "a dtype that it does not hold",
+        lambda: kernels.Buffer.from_numpy(np.zeros((4, 6), np.uint8), dtype="float64"),
+        "uint8",
+    ),
     ("a vector with gaps", lambda: kernels.Vector.from_numpy(np.zeros(8, np.float32)[::2]), "vector"),
     ("a vector of two dimensions", lambda: kernels.Vector.from_numpy(np.zeros((2, 2), np.float32)), "vector"),
     ("no threads", lambda: kernels.set_threads(0), "0"),

@@ -8,6 +8,7 @@ import gc
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -152,6 +153,27 @@ def test_a_numpy_view_keeps_the_block_alive() -> None:
 )
 def test_what_the_c_library_keeps_is_left_to_it(environment: dict[str, str], expected: int) -> None:
     assert pooled_from(environment) == expected
+
+
+def test_other_threads_take_large_tensors_from_the_pool_whatever_the_c_library_keeps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(memory, "_POOLED_FROM", 1 << 40)
+    large, small = paddle.zeros([MIB]), paddle.zeros([16])
+    taken = []
+
+    def take() -> None:
+        before = pool.statistics().in_use
+        tensors = [memory.empty_like(small), memory.empty_like(large)]
+        taken.append(pool.statistics().in_use - before)
+        del tensors
+
+    thread = threading.Thread(target=take)
+    thread.start()
+    thread.join()
+    take()
+    assert taken[0] >= 4 * MIB
+    assert taken[1] == 0
 
 
 # --- What the system sees ----------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -107,6 +108,10 @@ def launch(command: Sequence[str]) -> NoReturn:
     environment = dict(os.environ) | {setting.variable: setting.value for setting in missing(os.environ)}
     sys.stdout.flush()
     sys.stderr.flush()
+    # Python ignores these, and what is ignored stays so across exec: `yes | head` in the command would complain.
+    for name in ("SIGPIPE", "SIGXFSZ"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_DFL)
     try:
         os.execvpe(command[0], list(command), environment)
     except OSError as error:

@@ -42,7 +42,8 @@ class Buffer(NamedTuple):
             dtype: ``"bfloat16"`` says that a uint16 array holds bfloat16 values.
 
         Raises:
-            InputError: fewer than two dimensions, or memory that is not dense or not aligned to its elements.
+            InputError: fewer than two dimensions, memory that is not dense or not aligned to its elements, or another
+                ``dtype`` than the array's.
         """
         if array.ndim < 2:
             raise InputError(f"an array of shape {array.shape} has no channels; give at least two dimensions (N, C)")
@@ -50,6 +51,9 @@ class Buffer(NamedTuple):
             raise InputError(f"an array of strides {array.strides} is not dense; use numpy.ascontiguousarray")
         if not array.flags.aligned:
             raise InputError(f"a {array.dtype} array at address {address(array)} begins inside an element; pass a copy")
+        stored = "uint16" if dtype == "bfloat16" else dtype or str(array.dtype)
+        if str(array.dtype) not in (stored, "bfloat16"):
+            raise InputError(f"a {array.dtype} array does not hold {dtype} values; only uint16 stands for bfloat16")
         outer, *rest = array.shape
         channels = rest.pop() if channels_last else rest.pop(0)
         return cls(address(array), dtype or str(array.dtype), (outer, channels, prod(rest)), channels_last)

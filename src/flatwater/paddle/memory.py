@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Mapping
 from math import prod
 
@@ -18,6 +19,9 @@ __all__ = ["empty_like", "pooled_from"]
 _CPU = paddle.CPUPlace()
 
 
+_SMALL = 1 << 18
+
+
 def pooled_from(environment: Mapping[str, str]) -> int:
     """The size in bytes from which a tensor lies in the pool.
 
@@ -27,10 +31,11 @@ def pooled_from(environment: Mapping[str, str]) -> int:
     """
     told = [environment.get(name, "") for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")]
     kept = min(int(size) if size.isdigit() else 0 for size in told)
-    return max(kept, 1 << 18)
+    return max(kept, _SMALL)
 
 
 _POOLED_FROM = pooled_from(os.environ)
+_MAIN = threading.main_thread().ident
 
 
 def empty_like(tensor: paddle.Tensor) -> paddle.Tensor:
@@ -41,6 +46,8 @@ def empty_like(tensor: paddle.Tensor) -> paddle.Tensor:
     """
     # Both roads are those of paddle.empty_like and paddle.utils.dlpack.from_dlpack without their looks at the
     # arguments, which would take longer than the work: a training step comes here four times for each norm.
-    if prod(tensor.shape) * tensor.element_size() < _POOLED_FROM:
+    size = prod(tensor.shape) * tensor.element_size()
+    # Other threads have heaps of at most 64 MiB in the C library, which keeps nothing larger for them, told or not.
+    if size < _POOLED_FROM and (size < _SMALL or threading.get_ident() == _MAIN):
         return _C_ops.empty_like(tensor, tensor.dtype, _CPU)
     return eager.Tensor(from_dlpack(pool.empty_capsule(tensor.shape, dtype_name(tensor))))
