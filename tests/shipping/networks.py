@@ -58,6 +58,27 @@ def randomize(model: nn.Layer, seed: int = 0) -> nn.Layer:
     return model
 
 
+class ThreeNorms(nn.Layer):
+    """A stock batch norm, one of ours, and a group norm, with what comes behind it."""
+
+    def __init__(self, *behind: nn.Layer) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2D(3, 8, 3, padding=1), nn.BatchNorm2D(8))
+        self.body = nn.Sequential(nn.Conv2D(8, 8, 3, padding=1), fw.BatchNorm2D(8, act="relu"))
+        self.head = nn.Sequential(nn.Conv2D(8, 8, 1), nn.GroupNorm(2, 8), *behind)
+
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        return self.head(self.body(self.stem(x)))
+
+
+def three_norms(*behind: nn.Layer) -> Any:
+    """That network, converted, with the values that training might give it."""
+    paddle.seed(3)
+    model = ThreeNorms(*behind)
+    fw.convert(model)
+    return randomize(model)
+
+
 def example(*shape: int, dtype: str = "float32") -> paddle.Tensor:
     return paddle.to_tensor(np.random.default_rng(7).normal(size=shape).astype(dtype))
 

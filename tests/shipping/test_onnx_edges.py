@@ -10,7 +10,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from flatwater.errors import CheckpointError, InputError, StatisticsError
-from flatwater.models import verify_models
+from flatwater.models import inspect_models, verify_models
 from flatwater.onnx import fold_onnx
 
 GENERATOR = np.random.default_rng(0)
@@ -35,12 +35,17 @@ def pair(read: str = "x", write: str = "y") -> list[onnx.NodeProto]:
 
 
 def save(
-    path: Path, nodes: list[onnx.NodeProto], stored: list[onnx.TensorProto], *, dtype: int = TensorProto.FLOAT
+    path: Path,
+    nodes: list[onnx.NodeProto],
+    stored: list[onnx.TensorProto],
+    *,
+    dtype: int = TensorProto.FLOAT,
+    opset: int = 17,
 ) -> Path:
     shape = ["N", 4, 6, 6]
     ends = [helper.make_tensor_value_info(name, dtype, shape) for name in "xy"]
     graph = helper.make_graph(nodes, "graph", ends[:1], ends[1:], stored)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
     path.write_bytes(model.SerializeToString())
     return path
 
@@ -98,3 +103,15 @@ def test_a_suffix_does_not_say_how_a_file_is_read(suffix: str, tmp_path: Path) -
     path.write_text("{}")
     with pytest.raises(CheckpointError, match="is not an ONNX model"):
         fold_onnx(path, tmp_path / "folded.onnx")
+
+
+@pytest.mark.parametrize(("is_test", "training"), [(None, 1), (0, 1), (1, 0)])
+def test_before_operator_set_7_a_norm_trains_unless_it_says_otherwise(
+    is_test: int | None, training: int, tmp_path: Path
+) -> None:
+    nodes = pair()
+    if is_test is not None:
+        nodes[1].attribute.append(helper.make_attribute("is_test", is_test))
+    (found,) = inspect_models(save(tmp_path / "old.onnx", nodes, parameters(), opset=6))
+    assert len(found.training) == training
+    assert len(found.foldable) == 1 - training

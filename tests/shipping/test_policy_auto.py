@@ -2,36 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import paddle
 import pytest
-from networks import example, randomize, state_of
+from networks import example, state_of, three_norms
 from paddle import nn
 
 import flatwater.paddle as fw
 from flatwater.errors import ConfigError, InputError, SurgeryError
-
-
-class Network(nn.Layer):
-    """Two batch norms and a group norm; and one, perhaps, that nothing reaches."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2D(3, 8, 3, padding=1), nn.BatchNorm2D(8))
-        self.body = nn.Sequential(nn.Conv2D(8, 8, 3, padding=1), fw.BatchNorm2D(8, act="relu"))
-        self.head = nn.Sequential(nn.Conv2D(8, 8, 1), nn.GroupNorm(2, 8))
-
-    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
-        return self.head(self.body(self.stem(x)))
-
-
-def network() -> Any:
-    paddle.seed(3)
-    model = Network()
-    fw.convert(model)
-    return randomize(model)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +20,7 @@ def network() -> Any:
     ],
 )
 def test_auto_looks_at_the_batch(inputs: tuple[int, ...], world: int, kinds: list[type]) -> None:
-    model = network()
+    model = three_norms()
     before = state_of(model)
     report = fw.apply_policy(model, [{"norm": "auto"}], inputs=example(*inputs), world_size=world)
     assert [type(model.stem[1]), type(model.body[1])] == kinds
@@ -52,13 +29,13 @@ def test_auto_looks_at_the_batch(inputs: tuple[int, ...], world: int, kinds: lis
     fw.revert(model, pattern="stem.*")
     after = state_of(model)
     assert all(np.array_equal(after[name], value) for name, value in before.items() if name.startswith("stem"))
-    again = network()
+    again = three_norms()
     fw.apply_policy(again, [{"match": "stem.*", "norm": "auto"}], batch_size=inputs[0], world_size=world)
     assert type(again.stem[1]) is kinds[0]
 
 
 def test_auto_names_what_the_inputs_do_not_reach() -> None:
-    model = network()
+    model = three_norms()
     model.unused = nn.BatchNorm2D(3)
     report = fw.apply_policy(model, [{"norm": "auto"}], inputs=example(2, 3, 4, 4), world_size=4)
     assert (type(model.unused), type(model.stem[1])) == (nn.BatchNorm2D, fw.SyncBatchNorm)
@@ -82,7 +59,7 @@ def test_auto_names_what_the_inputs_do_not_reach() -> None:
     ],
 )
 def test_what_auto_makes_vain_is_noted_not_refused(batch: int, world: int, kind: type, in_vain: str) -> None:
-    model = network()
+    model = three_norms()
     rules = [{"match": "stem.*", "norm": "auto", "groups": 1, "momentum_schedule": {"at": {0: 0.5, 10: 0.99}}}]
     report = fw.apply_policy(model, rules, batch_size=batch, world_size=world)
     assert type(model.stem[1]) is kind
@@ -93,4 +70,4 @@ def test_what_auto_makes_vain_is_noted_not_refused(batch: int, world: int, kind:
 def test_what_another_rule_makes_vain_is_refused_as_ever() -> None:
     rules = [{"norm": "auto"}, {"match": "stem.*", "norm": "group_norm"}, {"match": "stem.*", "momentum": 0.5}]
     with pytest.raises(ConfigError, match="momentum has no effect on any layer"):
-        fw.apply_policy(network(), rules, batch_size=2, world_size=1)
+        fw.apply_policy(three_norms(), rules, batch_size=2, world_size=1)

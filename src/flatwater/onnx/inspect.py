@@ -26,8 +26,8 @@ _NORMS = {
 def inspect_onnx(path: str | Path) -> Inspection:
     """The norm nodes of an ONNX file: whether each could be folded, and which are in training mode.
 
-    A ``BatchNormalization`` node is in training mode with ``training_mode=1``, or with more than one output, which
-    was the way to say so before operator set 14.
+    A ``BatchNormalization`` node is in training mode with ``training_mode=1``; before operator set 14 with more than
+    one output, and before 7 unless it says ``is_test=1``.
 
     Raises:
         CheckpointError: see :func:`~flatwater.onnx.load_onnx`.
@@ -44,6 +44,7 @@ def graph_of(model: onnx.ModelProto) -> Graph:
     """
     model = _without_identities(model)
     shapes = _shapes(model)
+    opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 1)
     constants: set[str] = set()
     results: set[str] = set()
     operations = []
@@ -58,13 +59,14 @@ def graph_of(model: onnx.ModelProto) -> Graph:
             nested = any(attribute.HasField("g") or attribute.graphs for attribute in node.attribute)
             if not nested and not node.op_type.startswith("Random") and set(filter(None, node.input)) <= constants:
                 constants |= set(node.output)
-            operations.append(_operation(node, _Known(constants, shapes)))
+            operations.append(_operation(node, _Known(constants, shapes, opset)))
     return Graph(operations, constants, results)
 
 
 class _Known(NamedTuple):
     constants: set[str]
     shapes: Mapping[str, Sequence[int | None]]
+    opset: int
 
     def rank(self, tensor: str) -> int | None:
         return len(self.shapes[tensor]) if tensor in self.shapes else None
@@ -140,6 +142,8 @@ def _norm(node: onnx.NodeProto, known: _Known) -> Part:
     if node.op_type == "BatchNormalization":
         if attributes.get("training_mode"):
             statistics = "training_mode=1: it normalizes with the statistics of the batch; export from eval()"
+        elif known.opset < 7 and not attributes.get("is_test"):
+            statistics = "is_test=0: it normalizes with the statistics of the batch; export from eval()"
         elif sum(map(bool, node.output)) > 1:
             statistics = "it returns statistics, so it is in training mode; export from eval()"
     return Norm(_NORMS[node.op_type], node.input[0], parameters, channels, axis, statistics)
