@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,7 +113,7 @@ def fold_onnx(
     examples = running_inputs(run, specs, inputs)
 
     before = _norms(original)
-    folded = optimise(original) if _computes_in_float32(original) else _copy(original)
+    folded = optimise(original) if _computes_in_float32(original) else copy.deepcopy(original)
     absorb(folded)
     after = _norms(folded)
     gone = [name for name in before if name not in after]
@@ -173,9 +174,3 @@ def _check_statistics(model: onnx.ModelProto) -> None:
 def _computes_in_float32(model: onnx.ModelProto) -> bool:
     floats = {onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE}
     return not any(tensor.data_type in floats for graph in graphs_of(model.graph) for tensor in graph.initializer)
-
-
-def _copy(model: onnx.ModelProto) -> onnx.ModelProto:
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    return copy
