@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flatwater import host
+from flatwater.errors import ConfigError
 from flatwater.host import Decision, Host
-from flatwater.host.facts import cpus_of
 
 AMD = Host(
     vendor="AuthenticAMD",
@@ -47,18 +47,6 @@ def lay(root: Path, files: dict[str, str]) -> Path:
 
 
 # --- Facts ---------------------------------------------------------------------------------------------
-
-
-@given(st.sets(st.integers(0, 300)))
-def test_a_list_of_processors_is_read_as_the_kernel_writes_it(cpus: set[int]) -> None:
-    runs: list[list[int]] = []
-    for cpu in sorted(cpus):
-        if runs and runs[-1][-1] == cpu - 1:
-            runs[-1].append(cpu)
-        else:
-            runs.append([cpu])
-    written = ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
-    assert cpus_of(f"{written}\n") == cpus
 
 
 def test_nothing_known_is_one_processor_each_and_no_setting_of_a_vendors(tmp_path: Path) -> None:
@@ -136,7 +124,10 @@ def test_the_tightest_limit_of_all_groups_above_counts(levels: list[tuple[int, i
 @settings(deadline=None, max_examples=30)
 def test_no_file_of_the_kernels_is_taken_on_trust(files: dict[str, str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        limits = dict.fromkeys(["sys/fs/cgroup/cpu.max", "sys/fs/cgroup/memory.max"], "² x")
+        siblings = [
+            f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list" for cpu in range(os.cpu_count() or 1)
+        ]
+        limits = dict.fromkeys(["sys/fs/cgroup/cpu.max", "sys/fs/cgroup/memory.max", *siblings], "² x")
         assert Host.look(lay(Path(folder), files | limits), {}).processors >= 1
 
 
@@ -167,12 +158,22 @@ def test_a_limit_of_memory_counts(tmp_path: Path) -> None:
         assert Host.look(lay(tmp_path, meminfo | files), {}).memory == 4096
 
 
-def test_threads_that_share_a_core_are_one_core(tmp_path: Path) -> None:
-    bound = sorted(os.sched_getaffinity(0))
+def test_threads_that_share_a_core_are_one_core(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2, 4, 5, 7}, raising=False)
     name = "sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
-    together = ",".join(map(str, bound))
-    root = lay(tmp_path, {name.format(cpu): together for cpu in bound})
-    assert Host.look(root, {}).cores == 1
+    root = lay(tmp_path, {name.format(cpu): f"{cpu % 4},{cpu % 4 + 4}\n" for cpu in (0, 1, 2, 4, 5)})
+    assert Host.look(root, {}).cores == 4, "0 and 4, 1 and 5, 2 without 6, and 7, of which nothing is said"
+
+
+def test_the_ranks_of_paddles_launcher_are_counted(tmp_path: Path) -> None:
+    assert Host.look(tmp_path, {"PADDLE_LOCAL_SIZE": "3"}).ranks == 3
+    assert Host.look(tmp_path, {"PADDLE_LOCAL_SIZE": ""}).ranks == 1
+
+
+@pytest.mark.parametrize("told", ["abc", "-3", "0", "1.5"])
+def test_what_is_no_number_of_ranks_is_named(tmp_path: Path, told: str) -> None:
+    with pytest.raises(ConfigError, match=rf"PADDLE_LOCAL_SIZE='{told}' .* unset it"):
+        Host.look(tmp_path, {"PADDLE_LOCAL_SIZE": told})
 
 
 def test_a_preloaded_allocator_is_found(tmp_path: Path) -> None:
@@ -213,11 +214,36 @@ def test_a_small_host_keeps_no_more_than_it_has() -> None:
     assert int(small["MALLOC_TOP_PAD_"]) == 16 << 20
 
 
-def test_threads_are_the_processors_this_process_may_use() -> None:
-    assert values(replace(AMD, processors=3))["OMP_NUM_THREADS"] == "3"
+@pytest.mark.parametrize(
+    ("processors", "bound_to", "cores", "ranks", "threads", "reason"),
+    [
+        (8, 8, 8, 1, "8", "one a processor"),
+        (3, 8, 8, 1, "3", "a control group limits 8 processors to 3"),
+        (1, 8, 8, 1, "1", "a control group limits 8 processors to 1"),
+        (8, 8, 4, 1, "4", "one a core: the 8 processors are 4 cores"),
+        (6, 8, 4, 1, "4", "one a core: the 8 processors are 4 cores"),
+        (3, 8, 4, 1, "3", "a control group limits 8 processors to 3"),
+        (2, 2, 1, 1, "1", "one a core: the 2 processors are 1 core"),
+        (8, 8, 8, 3, "2", "3 ranks share 8 processors"),
+        (8, 8, 4, 2, "2", "2 ranks share 4 cores"),
+        (2, 2, 2, 5, "1", "5 ranks share 2 processors"),
+    ],
+)
+def test_threads_are_the_cores_this_process_may_use(
+    processors: int, bound_to: int, cores: int, ranks: int, threads: str, reason: str
+) -> None:
+    found = replace(AMD, processors=processors, bound_to=bound_to, cores=cores, ranks=ranks)
+    setting = {setting.variable: setting for setting in host.settings(found)}["OMP_NUM_THREADS"]
+    assert setting.value == threads
+    assert setting.reason.startswith(reason)
 
 
-def test_what_the_user_set_is_left_alone() -> None:
+def test_one_processor_needs_no_number_of_threads() -> None:
+    assert "one processor" in why_not(replace(AMD, processors=1, bound_to=1, cores=1), "OMP_NUM_THREADS")
+
+
+def test_what_the_user_set_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Host, "look", lambda: AMD)
     assert "OMP_NUM_THREADS" in {setting.variable for setting in host.missing({})}
     assert "OMP_NUM_THREADS" not in {setting.variable for setting in host.missing({"OMP_NUM_THREADS": "1"})}
 

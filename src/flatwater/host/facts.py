@@ -10,7 +10,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Host", "cpus_of", "old_mkl"]
+from flatwater.errors import ConfigError
+
+__all__ = ["Host", "old_mkl"]
 
 # What a processor must have for the kernels of that name, by its flags in /proc/cpuinfo; the best first.
 _INSTRUCTIONS = {
@@ -55,7 +57,11 @@ class Host:
 
     @classmethod
     def look(cls, root: Path = Path("/"), environment: Mapping[str, str] = os.environ) -> Host:
-        """Find out about this host, from the files below ``root``, which tests replace."""
+        """Find out about this host, from the files below ``root``, which tests replace.
+
+        Raises:
+            ConfigError: PADDLE_LOCAL_SIZE in ``environment`` is no number of processes.
+        """
         cpuinfo = _text(root / "proc/cpuinfo")
         affinity = getattr(os, "sched_getaffinity", None)
         bound = frozenset(affinity(0)) if affinity else frozenset(range(os.cpu_count() or 1))
@@ -72,7 +78,7 @@ class Host:
             libc_version=version,
             allocator=_allocator(root, environment),
             mkl=old_mkl(),
-            ranks=max(1, int(environment.get("PADDLE_LOCAL_SIZE", "1") or 1)),
+            ranks=_ranks(environment),
         )
 
 
@@ -87,19 +93,6 @@ def old_mkl() -> str:
         if library.exists():
             return str(library)
     return ""
-
-
-def cpus_of(text: str) -> frozenset[int]:
-    """The numbers in a list of processors as the kernel writes it: ``"0-2,5"`` is 0, 1, 2, 5.
-
-    Raises:
-        ValueError: it is no such list.
-    """
-    found: set[int] = set()
-    for part in filter(None, text.strip().split(",")):
-        first, _, last = part.partition("-")
-        found.update(range(int(first), int(last or first) + 1))
-    return frozenset(found)
 
 
 def _isa(flags: str) -> str:
@@ -122,8 +115,9 @@ def _chosen(alternatives: str) -> str:
 def _cores(root: Path, bound: frozenset[int]) -> int:
     """How many cores the processors are; one each where the kernel does not say."""
     topology = root / "sys/devices/system/cpu"
+    # Processors of one core have the same list.
     siblings = {cpu: _text(topology / f"cpu{cpu}/topology/thread_siblings_list") for cpu in bound}
-    return len({cpus_of(text) if text else frozenset([cpu]) for cpu, text in siblings.items()})
+    return len({text or cpu for cpu, text in siblings.items()})
 
 
 def _cpu_limits(root: Path) -> Iterator[int]:
@@ -164,6 +158,18 @@ def _groups(root: Path, controller: str) -> Iterator[Path]:
             folder = root / "sys/fs/cgroup" / mount
             inside = folder / path.lstrip("/")
             yield from dict.fromkeys([inside, *(above for above in inside.parents if above.is_relative_to(folder))])
+
+
+def _ranks(environment: Mapping[str, str]) -> int:
+    told = environment.get("PADDLE_LOCAL_SIZE", "").strip()
+    if not told:
+        return 1
+    if not told.isdecimal() or int(told) < 1:
+        raise ConfigError(
+            f"PADDLE_LOCAL_SIZE={told!r} is no number of processes on this host; unset it, or set it to 1 or more "
+            "(paddle.distributed.launch does so by itself)"
+        )
+    return int(told)
 
 
 def _memory_total(root: Path) -> int:

@@ -151,12 +151,20 @@ def _version(text: str) -> tuple[int, ...]:
 
 
 def _threads(host: Host) -> Decision:
+    """One a core: the processors of a core share what loops like MKL's and oneDNN's are made to fill alone."""
+    name = "OMP_NUM_THREADS"
+    if host.bound_to == 1:
+        return Decision(name, None, "on one processor there is one thread anyway")
+    most, shared = host.processors, "processors"
     reason = "one a processor; Paddle takes 1"
     if host.processors < host.bound_to:
         reason = f"a control group limits {host.bound_to} processors to {host.processors}"
+    if host.cores < host.processors:
+        most, shared = host.cores, "cores"
+        reason = f"one a core: the {host.bound_to} processors are {host.cores} core{'s' * (host.cores > 1)}"
     if host.ranks > 1:
-        reason = f"{host.ranks} ranks share {host.processors} processors"
-    return Decision("OMP_NUM_THREADS", str(max(1, host.processors // host.ranks)), reason)
+        reason = f"{host.ranks} ranks share {most} {shared}"
+    return Decision(name, str(max(1, most // host.ranks)), reason)
 
 
 def _mkl(host: Host) -> Decision:
