@@ -72,6 +72,49 @@ def test_run_passes_the_commands_own_options_and_exit_code_through() -> None:
 
 
 @pytest.mark.parametrize(
+    "arguments",
+    [["-c", "import sys; print(sys.argv[1:])", "--debug", "--", "--help"], ["--help"], ["-h", "--debug"]],
+    ids=" ".join,
+)
+def test_options_after_a_command_are_its_own_without_dashes_before_it_too(arguments: list[str]) -> None:
+    program = [sys.executable, *arguments]
+    alone = subprocess.run(program, capture_output=True, text=True, timeout=120)
+    result = run("run", *program)
+    assert (result.stdout, result.returncode) == (alone.stdout, alone.returncode)
+
+
+def test_options_before_a_command_are_flatwaters() -> None:
+    for option in ("-h", "--help"):
+        assert run("run", option, sys.executable, "-V").stdout.startswith("Usage: flatwater run")
+    result = run("run", "--verbose", sys.executable, "-V")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "--verbose" in result.stderr
+    assert "Traceback" in run("run", "--debug", "no-such-program").stderr
+
+
+def test_a_command_that_cannot_be_started_ends_as_in_a_shell(tmp_path: Path) -> None:
+    plain, script, orphan = tmp_path / "plain", tmp_path / "script", tmp_path / "orphan"
+    plain.write_text("#!/bin/sh\n", encoding="utf-8")
+    script.write_text("no interpreter\n", encoding="utf-8")
+    orphan.write_text("#!/no/such/interpreter\n", encoding="utf-8")
+    script.chmod(0o755)
+    orphan.chmod(0o755)
+    programs = ("no-such-program", "", plain, tmp_path, script, orphan)
+    for program, status in zip(programs, (127, 127, 126, 126, 126, 127), strict=True):
+        result = run("run", "--", str(program))
+        assert result.returncode == status, program
+        assert result.stderr.splitlines()[-1].startswith(f"flatwater: cannot run '{program}'")
+
+
+def test_a_number_of_ranks_that_is_none_is_named() -> None:
+    for arguments in (["host"], ["run", "--", sys.executable, "-V"]):
+        result = run(*arguments, PADDLE_LOCAL_SIZE="abc")
+        assert (result.returncode, result.stdout) == (1, "")
+        assert "PADDLE_LOCAL_SIZE='abc'" in result.stderr
+        assert "fault" not in result.stderr
+
+
+@pytest.mark.parametrize(
     ("arguments", "named"),
     [
         (["ocr", "train", "--outptu", "x"], "--outptu"),

@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from flatwater import host
-from flatwater.errors import BackendError
+from flatwater.errors import LaunchError
 from flatwater.host import Host
 
 # On one processor nothing is needed, so that the 1 which Paddle's import leaves in the environment may be anybody's.
@@ -133,9 +133,11 @@ def test_launch_runs_the_command_with_the_settings_and_keeps_the_users() -> None
     assert printed.strip() == f"7 {expected}"
 
 
-def test_a_program_that_does_not_exist_is_named() -> None:
-    with pytest.raises(BackendError, match="no-such-program"):
-        host.launch(["no-such-program"])
+@pytest.mark.parametrize("command", [["no-such-program"], [""], []])
+def test_a_program_that_does_not_exist_is_named(command: list[str]) -> None:
+    with pytest.raises(LaunchError, match=f"cannot run '{''.join(command)}'.*; (check|give)") as caught:
+        host.launch(command)
+    assert caught.value.status == 127
 
 
 def test_launch_leaves_signals_as_a_shell_has_them() -> None:

@@ -20,7 +20,7 @@ from rich.table import Table
 
 import flatwater
 from flatwater import cli_models, host
-from flatwater.errors import FlatwaterError
+from flatwater.errors import FlatwaterError, LaunchError
 from flatwater.quiet import quiet
 
 __all__ = ["main"]
@@ -33,11 +33,17 @@ def main() -> NoReturn:
     """Run the command line and exit."""
     arguments = sys.argv[1:]
     # --debug is understood wherever it stands, so that it can simply be added to a command that failed.
-    own = arguments[: arguments.index("--")] if "--" in arguments else arguments
-    debug = "--debug" in own
+    debug = "--debug" in _own(arguments)
     if debug:
         arguments.remove("--debug")
     sys.exit(_run(arguments, debug=debug))
+
+
+def _own(arguments: list[str]) -> list[str]:
+    """Those that are Flatwater's: up to ``--``, and of ``flatwater run`` up to the command that it runs."""
+    own = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    words = [place for place, argument in enumerate(own) if not argument.startswith("-")]
+    return own[: words[1]] if len(words) > 1 and own[words[0]] == "run" else own
 
 
 def _run(arguments: list[str], *, debug: bool) -> int:
@@ -53,7 +59,7 @@ def _run(arguments: list[str], *, debug: bool) -> int:
         if debug:
             raise
         _complain(_one_line(error))
-        return 1
+        return error.status if isinstance(error, LaunchError) else 1
     return code if isinstance(code, int) else 0
 
 
@@ -102,14 +108,15 @@ def host_command(as_json: bool) -> None:
 
 
 @flatwater_command.command(
-    "run", short_help="Run a command in that environment.", context_settings={"ignore_unknown_options": True}
+    "run", short_help="Run a command in that environment.", context_settings={"allow_interspersed_args": False}
 )
-@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, metavar="COMMAND [ARGUMENT]...")
 def run_command(command: tuple[str, ...]) -> None:
     """Run COMMAND in the environment this host needs: flatwater run -- python train.py.
 
-    What it found and set goes to standard error. A variable that is set already is kept: give OMP_NUM_THREADS yourself
-    where several processes share the machine.
+    What stands after COMMAND is its own, options too. What was found and set goes to standard error. A variable that
+    is set already is kept: give OMP_NUM_THREADS yourself where several processes share the machine. The exit code is
+    that of COMMAND; 127 where there is none of that name, 126 where it cannot be executed.
     """
     _print_host(Console(stderr=True), host.Host.look(), missing="set")
     host.launch(command)

@@ -12,6 +12,7 @@ FlatwaterError
 │   └── VerificationError   an exported form that does not compute what the model computes
 ├── DistributedError        a process that died, is late, or does something else than the others
 └── BackendError            a kernel or optional package that this machine lacks
+    └── LaunchError         a command that cannot be started
 
 Every message is one line: what was wrong, the value received, what to do.
 """
@@ -27,6 +28,7 @@ __all__ = [
     "ExportError",
     "FlatwaterError",
     "InputError",
+    "LaunchError",
     "SingleValueError",
     "StatisticsError",
     "SurgeryError",
@@ -80,3 +82,15 @@ class DistributedError(FlatwaterError):
 
 class BackendError(FlatwaterError):
     """A kernel or optional package that this machine lacks."""
+
+
+class LaunchError(BackendError):
+    """A command that cannot be started.
+
+    Attributes:
+        status: what shells exit with then: 127 where there is no such program, 126 where it cannot be executed.
+    """
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, NoReturn
 
-from flatwater.errors import BackendError
+from flatwater.errors import LaunchError
 from flatwater.host.facts import Host
 
 __all__ = [
@@ -103,9 +103,12 @@ def launch(command: Sequence[str]) -> NoReturn:
     """Replace this process by ``command``, run in the environment that this host needs.
 
     Raises:
-        BackendError: there is no such program.
+        LaunchError: there is no such program, or it cannot be executed.
     """
     environment = dict(os.environ) | {setting.variable: setting.value for setting in missing(os.environ)}
+    program = command[0] if command else ""
+    if not program:  # which exec takes for a mistake of the caller's
+        raise LaunchError(f"cannot run {program!r}, which names no program; give one, and its arguments after it", 127)
     sys.stdout.flush()
     sys.stderr.flush()
     # Python ignores these, and what is ignored stays so across exec: `yes | head` in the command would complain.
@@ -113,10 +116,17 @@ def launch(command: Sequence[str]) -> NoReturn:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_DFL)
     try:
-        os.execvpe(command[0], list(command), environment)
+        os.execvpe(program, list(command), environment)
+    except FileNotFoundError as error:
+        raise LaunchError(
+            f"cannot run {program!r}: {error.strerror}; check the name, the PATH, and what interpreter a script names",
+            127,
+        ) from error
     except OSError as error:
-        raise BackendError(
-            f"cannot run {command[0]!r}: {error.strerror}; check the name and its permissions"
+        raise LaunchError(
+            f"cannot run {program!r}: {error.strerror}; check that it is a program, or a script whose first line names "
+            "its interpreter, and that you may execute it",
+            126,
         ) from error
 
 
