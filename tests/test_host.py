@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from flatwater import host
 from flatwater.errors import ConfigError
 from flatwater.host import Decision, Host
+from flatwater.host.settings import kept_by_malloc
 
 AMD = Host(
     vendor="AuthenticAMD",
@@ -256,11 +257,59 @@ def test_what_the_user_set_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> Non
         ({"MALLOC_TOP_PAD_": "1"}, "yours"),
         ({"GLIBC_TUNABLES": "glibc.malloc.check=3:glibc.malloc.top_pad=1"}, "yours"),
         ({"GLIBC_TUNABLES": "glibc.malloc.trim_threshold=1"}, "missing"),
+        ({"GLIBC_TUNABLES": "glibc.malloc.top_pad=1", "MALLOC_TOP_PAD_": "268435456"}, "yours"),
+        ({"GLIBC_TUNABLES": "glibc.malloc.top_pad=1:glibc.malloc.top_pad=268435456"}, "already"),
     ],
 )
 def test_how_an_environment_stands_to_what_is_needed(environment: dict[str, str], state: str) -> None:
     decision = {decision.variable: decision for decision in host.decisions(AMD)}["MALLOC_TOP_PAD_"]
     assert host.standing(decision, environment) == state
+
+
+GIB = 1 << 30
+BOTH = {"MALLOC_MMAP_THRESHOLD_": str(GIB), "MALLOC_TRIM_THRESHOLD_": str(2 * GIB)}
+
+
+@pytest.mark.parametrize(
+    ("environment", "version", "kept"),
+    [
+        ({}, "2.36", 0),
+        (BOTH, "2.36", GIB),
+        (BOTH | {"MALLOC_TRIM_THRESHOLD_": "-1"}, "2.36", GIB),
+        (BOTH | {"MALLOC_TRIM_THRESHOLD_": "1e9"}, "2.36", 0),
+        ({"MALLOC_MMAP_THRESHOLD_": str(GIB)}, "2.36", 0),
+        (BOTH, "2.34", 0),
+        (BOTH | {"MALLOC_MMAP_THRESHOLD_": str(32 << 20)}, "2.34", 32 << 20),
+        ({"MALLOC_MMAP_MAX_": "0"}, "2.36", 0),
+        ({"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(GIB)}, "2.34", GIB),
+        (BOTH | {"MALLOC_MMAP_MAX_": "65536"}, "2.36", GIB),
+        ({"GLIBC_TUNABLES": f"glibc.malloc.mmap_threshold={GIB}:glibc.malloc.trim_threshold={GIB}"}, "2.36", GIB),
+        ({"GLIBC_TUNABLES": f"glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold={GIB}"}, "2.36", GIB),
+        (BOTH | {"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=1024"}, "2.36", 1024),
+        (BOTH | {"LD_PRELOAD": "/x/libjemalloc.so.2"}, "2.36", 0),
+        (BOTH | {"LD_PRELOAD": "libtcmalloc_minimal.so.4"}, "2.36", 0),
+        (BOTH | {"LD_PRELOAD": "/x/libmimalloc.so:/y/other.so"}, "2.36", 0),
+    ],
+    ids=lambda value: " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else str(value),
+)
+def test_what_malloc_keeps_is_what_glibc_reads(
+    environment: dict[str, str], version: str, kept: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("platform.libc_ver", lambda: ("glibc", version))
+    assert kept_by_malloc(environment, tmp_path) == kept
+
+
+def test_another_c_library_keeps_nothing_by_glibcs_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.libc_ver", lambda: ("", ""))
+    assert kept_by_malloc(BOTH, tmp_path) == 0
+
+
+@pytest.mark.parametrize("version", ["2.17", "2.36"])
+def test_what_a_host_with_glibc_needs_makes_malloc_keep_large_tensors(
+    version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("platform.libc_ver", lambda: ("glibc", version))
+    assert kept_by_malloc(values(replace(AMD, libc_version=version)), tmp_path) >= 8 * GIB
 
 
 def test_what_is_set_though_not_needed_is_the_users() -> None:

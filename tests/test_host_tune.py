@@ -13,6 +13,7 @@ import pytest
 from flatwater import host
 from flatwater.errors import LaunchError
 from flatwater.host import Host
+from flatwater.host.settings import kept_by_malloc
 
 # On one processor nothing is needed, so that the 1 which Paddle's import leaves in the environment may be anybody's.
 ONE = Host.look().bound_to == 1
@@ -87,6 +88,38 @@ def test_one_thread_of_the_users_is_not_taken_for_paddles(before: str) -> None:
     environment = {} if before else {"OMP_NUM_THREADS": "1"}
     states = json.loads(run(f"{before}import paddle; paddle.set_device('cpu')\n{on(3)}{EFFECTS}", **environment))
     assert states["OMP_NUM_THREADS"] == "yours"
+
+
+@pytest.mark.parametrize("used", ["", "kernels.threads()\n"], ids=["imported", "used"])
+def test_kernels_that_are_loaded_take_the_threads_that_tune_sets(used: str) -> None:
+    code = f"import flatwater as fw\nfrom flatwater import kernels\n{used}{on(3)}fw.host.tune()\n"
+    assert run(f"{code}print(kernels.threads())") == "3\n"
+    elsewhere = "thread = threading.Thread(target=lambda: print(kernels.threads()))"
+    assert run(f"import threading\n{code}{elsewhere}\nthread.start()\nthread.join()") == "3\n"
+
+
+def test_threads_that_a_program_has_chosen_for_the_kernels_stay() -> None:
+    code = f"import flatwater as fw\nfrom flatwater import kernels\nkernels.set_threads(5)\n{on(3)}fw.host.tune()\n"
+    assert run(f"{code}print(kernels.threads())") == "5\n"
+
+
+def test_kernels_keep_to_a_limit_of_one_processor_beside_paddles_own_1() -> None:
+    code = f"import paddle\nfrom flatwater import host, kernels\n{on(1)}host.tune()\nprint(kernels.threads())"
+    assert run(code) == "1\n"
+
+
+def test_the_pool_leaves_to_the_c_library_what_it_keeps_once_it_is_tuned() -> None:
+    untuned, tuned = json.loads(
+        run(
+            "import json, flatwater as fw, flatwater.paddle\n"
+            "from flatwater.paddle import memory\n"
+            "untuned = memory._POOLED_FROM\n"
+            "fw.host.tune()\n"
+            "print(json.dumps([untuned, memory._POOLED_FROM]))"
+        )
+    )
+    assert untuned == 1 << 18
+    assert tuned == max(untuned, kept_by_malloc(NEEDED))
 
 
 def test_tune_keeps_what_the_user_set() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from flatwater.errors import ConfigError
 
-__all__ = ["Host", "old_mkl"]
+__all__ = ["Host", "allocator", "libc", "old_mkl"]
 
 # What a processor must have for the kernels of that name, by its flags in /proc/cpuinfo; the best first.
 _INSTRUCTIONS = {
@@ -65,7 +65,7 @@ class Host:
         cpuinfo = _text(root / "proc/cpuinfo")
         affinity = getattr(os, "sched_getaffinity", None)
         bound = frozenset(affinity(0)) if affinity else frozenset(range(os.cpu_count() or 1))
-        libc, version = _libc(root)
+        name, version = libc(root)
         return cls(
             vendor=_field(cpuinfo, "vendor_id"),
             isa=_isa(_field(cpuinfo, "flags")),
@@ -74,12 +74,30 @@ class Host:
             cores=_cores(root, bound),
             memory=min([limit for limit in (_memory_total(root), *_memory_limits(root)) if limit], default=0),
             huge_pages=_chosen(_text(root / "sys/kernel/mm/transparent_hugepage/enabled")),
-            libc=libc,
+            libc=name,
             libc_version=version,
-            allocator=_allocator(root, environment),
+            allocator=allocator(root, environment),
             mkl=old_mkl(),
             ranks=_ranks(environment),
         )
+
+
+def libc(root: Path) -> tuple[str, str]:
+    """The C library's name and version, as :class:`Host` has them."""
+    name, version = platform.libc_ver()
+    # Python knows musl since 3.13 only, but its loader is mapped into every process.
+    if not name and "/ld-musl-" in _text(root / "proc/self/maps"):
+        return "musl", ""
+    return name, version
+
+
+def allocator(root: Path, environment: Mapping[str, str]) -> str:
+    """The first preloaded library that is known to bring a malloc of its own, empty if there is none."""
+    preloaded = f"{environment.get('LD_PRELOAD', '')} {_text(root / 'etc/ld.so.preload')}"
+    for library in preloaded.replace(":", " ").split():
+        if any(name in Path(library).name for name in _ALLOCATORS):
+            return library
+    return ""
 
 
 def old_mkl() -> str:
@@ -97,14 +115,6 @@ def old_mkl() -> str:
 
 def _isa(flags: str) -> str:
     return next((name for name, needed in _INSTRUCTIONS.items() if needed <= set(flags.split())), "")
-
-
-def _libc(root: Path) -> tuple[str, str]:
-    """Its name and version. Python knows musl since 3.13 only, but its loader is mapped into every process."""
-    name, version = platform.libc_ver()
-    if not name and "/ld-musl-" in _text(root / "proc/self/maps"):
-        return "musl", ""
-    return name, version
 
 
 def _chosen(alternatives: str) -> str:
@@ -175,15 +185,6 @@ def _ranks(environment: Mapping[str, str]) -> int:
 def _memory_total(root: Path) -> int:
     size = _field(_text(root / "proc/meminfo"), "MemTotal").partition(" ")[0]
     return int(size) * 1024 if size.isdecimal() else 0
-
-
-def _allocator(root: Path, environment: Mapping[str, str]) -> str:
-    """The first preloaded library that is known to bring a malloc of its own."""
-    preloaded = f"{environment.get('LD_PRELOAD', '')} {_text(root / 'etc/ld.so.preload')}"
-    for library in preloaded.replace(":", " ").split():
-        if any(name in Path(library).name for name in _ALLOCATORS):
-            return library
-    return ""
 
 
 def _field(text: str, name: str) -> str:

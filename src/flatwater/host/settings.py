@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple, NoReturn
 
 from flatwater.errors import LaunchError
-from flatwater.host.facts import Host
+from flatwater.host.facts import Host, allocator, libc
 
 __all__ = [
     "MALLOC",
@@ -18,6 +18,7 @@ __all__ = [
     "Setting",
     "State",
     "decisions",
+    "kept_by_malloc",
     "launch",
     "missing",
     "present",
@@ -35,6 +36,7 @@ MALLOC = {
 
 # An older glibc silently ignores an mmap threshold of more than 32 MiB (commit 0a4df6f534 removed the limit).
 _UNLIMITED_SINCE = (2, 35)
+_OLD_LIMIT = 32 << 20
 
 # How MKL_DEBUG_CPU_TYPE names its code paths.
 _MKL_PATHS = {"avx512": "7", "avx2": "5"}
@@ -79,14 +81,34 @@ def missing(environment: Mapping[str, str]) -> list[Setting]:
 
 
 def present(variable: str, environment: Mapping[str, str]) -> str | None:
-    """What ``environment`` says about a setting, by its variable or through GLIBC_TUNABLES; None if nothing."""
-    if variable in environment:
-        return environment[variable]
+    """What ``environment`` says about a setting, by its variable or through GLIBC_TUNABLES; None if nothing.
+
+    Of both, GLIBC_TUNABLES holds, and of several assignments in it the last.
+    """
+    found = environment.get(variable)
     for assignment in environment.get("GLIBC_TUNABLES", "").split(":"):
         name, equals, value = assignment.partition("=")
         if equals and name == MALLOC.get(variable):
-            return value
-    return None
+            found = value
+    return found
+
+
+def kept_by_malloc(environment: Mapping[str, str], root: Path = Path("/")) -> int:
+    """Up to which size in bytes ``environment`` makes glibc's malloc keep freed blocks for the main thread; 0 if none.
+
+    What is mapped by itself goes back when it is freed, and so does what lies at the heap's end beyond the trim
+    threshold. Another malloc reads neither.
+    """
+    name, version = libc(root)
+    if name != "glibc" or allocator(root, environment):
+        return 0
+    trimmed_from = _size(present("MALLOC_TRIM_THRESHOLD_", environment))
+    if (present("MALLOC_MMAP_MAX_", environment) or "").strip() == "0":  # no block is mapped by itself
+        return trimmed_from
+    mapped_from = _size(present("MALLOC_MMAP_THRESHOLD_", environment))
+    if mapped_from > _OLD_LIMIT and _version(version) < _UNLIMITED_SINCE:
+        return 0
+    return min(mapped_from, trimmed_from)
 
 
 def standing(decision: Decision, environment: Mapping[str, str]) -> State:
@@ -153,6 +175,14 @@ def _allocator(host: Host) -> list[Decision]:
         Decision("MALLOC_TRIM_THRESHOLD_", str(min(16 << 30, most)), "also at the heap's end"),
         Decision("MALLOC_TOP_PAD_", str(min(256 << 20, most >> 6)), "the heap grows in large steps"),
     ]
+
+
+def _size(text: str | None) -> int:
+    """As glibc reads a size: -1 is the largest that there is. What is no number keeps nothing."""
+    try:
+        return int(text or "") % (1 << 64)
+    except ValueError:
+        return 0
 
 
 def _version(text: str) -> tuple[int, ...]:

@@ -46,9 +46,11 @@ def tune() -> list[Effect]:
 
     * The allocator is told through ``mallopt``, at any time. Its values are C ints; what is larger becomes -1, no
       limit. As with the environment, it holds for the heap of the main thread: other threads' heaps are 64 MiB each,
-      and what does not fit there is mapped by itself.
+      and what does not fit there is mapped by itself. Flatwater's layers leave to it what it keeps from then on, as
+      under ``flatwater run``.
     * Threads: each OpenMP runtime that is loaded is told through ``omp_set_num_threads``, which holds for the thread
-      that calls ``tune``; runtimes to come read the environment.
+      that calls ``tune``; runtimes to come read the environment. Flatwater's kernels take the number too, whatever
+      thread calls them, unless :func:`flatwater.kernels.set_threads` has said another.
     * MKL reads its variable at its first use; Paddle loads it then, and not when it is imported. After that it is
       too late.
 
@@ -57,15 +59,21 @@ def tune() -> list[Effect]:
 
     Returns:
         One effect for each setting; nothing is lost without a word.
+
+    Raises:
+        ConfigError: PADDLE_LOCAL_SIZE is no number of processes.
     """
     loaded = _loaded()
-    return [_effect(decision, loaded) for decision in decisions(Host.look())]
+    effects = [_effect(decision, loaded) for decision in decisions(Host.look())]
+    if memory := sys.modules.get("flatwater.paddle.memory"):  # which has looked when it was imported
+        memory.follow_malloc()
+    return effects
 
 
 def _effect(decision: Decision, loaded: Mapping[str, Path]) -> Effect:
     variable, value, reason = decision
     state = standing(decision, os.environ)
-    if variable == "OMP_NUM_THREADS" and state == "yours" and _is_paddles(loaded):
+    if variable == "OMP_NUM_THREADS" and state in ("yours", "already") and _is_paddles(loaded):
         state = "missing"
     if value is None or state != "missing":
         found = present(variable, os.environ)
@@ -88,11 +96,16 @@ def _mallopt(variable: str, value: int) -> bool:
 
 
 def _set_threads(count: int, loaded: Mapping[str, Path]) -> str:
-    """Tell every OpenMP runtime in this process; returns what is wrong with the first that does not follow."""
+    """Tell every OpenMP runtime in this process, and Flatwater's kernels, which have asked theirs when first used.
+
+    Returns what is wrong with the first that does not follow.
+    """
     for runtime in _runtimes(loaded):
         runtime.omp_set_num_threads(count)
         if runtime.omp_get_max_threads() != count:
             return f"an OpenMP runtime keeps to {runtime.omp_get_max_threads()} threads"
+    if launch := sys.modules.get("flatwater.kernels.launch"):
+        launch.set_default_threads(count)
     return ""
 
 

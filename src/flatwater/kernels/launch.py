@@ -23,11 +23,14 @@ __all__ = [
     "isa",
     "prepare",
     "run",
+    "set_default_threads",
     "set_threads",
     "threads",
 ]
 
 Statistics = npt.NDArray[np.float64]
+
+_chosen = False  # whether the program has said by set_threads how many threads compute
 
 
 def available(dtype: str) -> bool:
@@ -68,7 +71,15 @@ def set_threads(count: int) -> None:
     """
     if not isinstance(count, int) or count < 1:
         raise InputError(f"{count!r} threads cannot compute anything; give a positive integer")
+    global _chosen
     _cpu.set_threads(count)
+    _chosen = True
+
+
+def set_default_threads(count: int) -> None:
+    """Use ``count`` threads unless :func:`set_threads` has said how many: as if OpenMP had said so at first."""
+    if not _chosen:
+        _cpu.set_threads(count)
 
 
 def prepare(

@@ -11,10 +11,11 @@ import paddle
 from paddle import _C_ops
 from paddle.base.core import eager, from_dlpack
 
+from flatwater.host.settings import kept_by_malloc
 from flatwater.kernels import pool
 from flatwater.paddle.dtypes import dtype_name
 
-__all__ = ["empty_like", "pooled_from"]
+__all__ = ["empty_like", "follow_malloc", "pooled_from"]
 
 _CPU = paddle.CPUPlace()
 
@@ -26,16 +27,20 @@ def pooled_from(environment: Mapping[str, str]) -> int:
     """The size in bytes from which a tensor lies in the pool.
 
     Smaller ones stay with the C library's allocator, which Paddle reaches in 1 µs instead of 5, and which keeps their
-    memory by itself: up to a quarter MiB, or as far as it was told to when the process started (``flatwater run``
-    tells it). Then norms and convolutions share what one of them has freed, while it is still in a cache.
+    memory by itself: up to a quarter MiB, or as far as glibc's was told to (``flatwater run`` and ``host.tune()`` tell
+    it). Then norms and convolutions share what one of them has freed, while it is still in a cache.
     """
-    told = [environment.get(name, "") for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")]
-    kept = min(int(size) if size.isdigit() else 0 for size in told)
-    return max(kept, _SMALL)
+    return max(kept_by_malloc(environment), _SMALL)
 
 
 _POOLED_FROM = pooled_from(os.environ)
 _MAIN = threading.main_thread().ident
+
+
+def follow_malloc() -> None:
+    """Let :func:`pooled_from` look again, once ``host.tune()`` has told the C library to keep more."""
+    global _POOLED_FROM
+    _POOLED_FROM = pooled_from(os.environ)
 
 
 def empty_like(tensor: paddle.Tensor) -> paddle.Tensor:
