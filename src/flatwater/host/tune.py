@@ -50,7 +50,8 @@ def tune() -> list[Effect]:
       under ``flatwater run``.
     * Threads: each OpenMP runtime that is loaded is told through ``omp_set_num_threads``, which holds for the thread
       that calls ``tune``; runtimes to come read the environment. Flatwater's kernels take the number too, whatever
-      thread calls them, unless :func:`flatwater.kernels.set_threads` has said another.
+      thread calls them, unless :func:`flatwater.kernels.set_threads` has said another. Which runtime's threads they
+      are is not for ``tune`` to change: see :mod:`flatwater.kernels`.
     * MKL reads its variable at its first use; Paddle loads it then, and not when it is imported. After that it is
       too late.
 

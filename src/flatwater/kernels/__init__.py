@@ -3,7 +3,9 @@
 A :class:`Buffer` says where a tensor lies, a :class:`Vector` where a parameter lies; statistics are
 float64 NumPy arrays. The kernels run on the CPU, in the best instruction set that it has, on as many
 threads as OpenMP may use, without the interpreter's lock, and give the same bits for any number of
-threads. :mod:`~flatwater.kernels.pool` is memory for what they fill; a :class:`Step` is the short way for layers.
+threads. Import Paddle before the first kernel is used: the threads come from its OpenMP runtime then, and else from
+GNU's, which keeps a second team beside Paddle's and has none in a process forked later, so that the child computes with
+one thread. :mod:`~flatwater.kernels.pool` is memory for what they fill; a :class:`Step` is the short way for layers.
 """
 
 from flatwater.kernels import pool
