@@ -52,7 +52,9 @@ def test_host_says_the_same_to_a_machine() -> None:
     assert (settings["OMP_NUM_THREADS"]["present"], settings["OMP_NUM_THREADS"]["state"]) == ("7", "yours")
 
 
-def test_run_says_what_it_found_and_set_and_why() -> None:
+def test_run_says_what_it_found_and_set_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("GLIBC_TUNABLES", *(decision.variable for decision in host.decisions())):
+        monkeypatch.delenv(variable, raising=False)
     result = run("run", "--", sys.executable, "-c", "print('output')", OMP_NUM_THREADS="7", COLUMNS="160")
     assert result.stdout == "output\n"
     found, *settings = result.stderr.splitlines()

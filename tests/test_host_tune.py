@@ -22,7 +22,7 @@ NEEDED = {setting.variable: setting.value for setting in host.settings()}
 
 def run(code: str, **environment: str) -> str:
     """What a process without any of the settings prints; of them it has those in ``environment`` alone."""
-    known = {decision.variable for decision in host.decisions()}
+    known = {decision.variable for decision in host.decisions()} | {"GLIBC_TUNABLES"}
     clean = {name: value for name, value in os.environ.items() if name not in known} | environment
     result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, env=clean)
     assert result.returncode == 0, result.stderr

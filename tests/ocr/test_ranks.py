@@ -281,7 +281,7 @@ def test_what_ranks_exchange_is_called_what_it_is(monkeypatch: pytest.MonkeyPatc
 
 
 def test_ranks_on_one_host_share_its_processors() -> None:
-    threads = {ranks: decisions(Host(processors=8, bound_to=8, ranks=ranks)) for ranks in (1, 3, 16)}
+    threads = {ranks: decisions(Host(processors=8, bound_to=8, cores=8, ranks=ranks)) for ranks in (1, 3, 16)}
     found = {ranks: {one.variable: one.value for one in each} for ranks, each in threads.items()}
     assert {ranks: each["OMP_NUM_THREADS"] for ranks, each in found.items()} == {1: "8", 3: "2", 16: "1"}
     assert Host.look(environment={"PADDLE_LOCAL_SIZE": "2"}).ranks == 2

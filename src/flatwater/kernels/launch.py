@@ -59,7 +59,7 @@ def isa() -> str:
 
 
 def threads() -> int:
-    """How many threads a kernel may use: at first what OpenMP says (``OMP_NUM_THREADS``)."""
+    """How many threads a kernel may use: at first what OpenMP says (``OMP_NUM_THREADS``), or ``host.tune()``."""
     return int(_cpu.threads())
 
 
