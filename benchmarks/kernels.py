@@ -16,9 +16,11 @@ A copy is the fastest of x into y and dy into dx, in one ``memcpy`` and in one p
 how two tensors' pages lie to each other can make a copy slower by half.
 
 Two tensors may fit a cache that four do not, and then the floor is one of the cache and the step one of memory. So
-where there is no residual, the five passes themselves are timed too, as *streaming*: y from x, then dx from x and dy,
-over the step's own four tensors from end to end, by the loops that normalize with known statistics, and by NumPy
-in one piece and in one per thread; the fastest counts.
+where there is no residual, the passes themselves are timed too, as *streaming*, over the step's own four tensors from
+end to end: channels-first y from x, then dx from x and dy. Channels-last every channel is strewn over the whole tensor,
+which has to be read to its end for the statistics before anything can be written; so there x is read before y is
+written, and x and dy before dx is: eight passes, of which the caches may take some. The loops are those that normalize
+with known statistics, and NumPy's in one piece for each thread; the faster ones count.
 
 All memory is warm and begins at a multiple of 64 bytes, as a framework's tensors do; NumPy promises 16, off which no
 kernel can stream its stores.
@@ -70,7 +72,7 @@ class Row:
     ratio: Quartiles
     """kernel / floor; for bfloat16, of the float32 kernel's time instead of the floor."""
     streaming: Quartiles | None
-    """kernel / five passes over the same tensors; None with a residual, and for bfloat16."""
+    """kernel / the passes over the same tensors; None with a residual, and for bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -124,9 +126,9 @@ class Tensors:
             values = generator.standard_normal(size, np.float32)
             # The upper half of a float32 is a bfloat16, rounded towards 0.
             self.arrays[name][...] = values.view(np.uint32) >> 16 if dtype == "bfloat16" else values
-        last = layout == "NHWC"
+        self._last = layout == "NHWC"
         self._buffers = {
-            name: kernels.Buffer.from_numpy(array, channels_last=last, dtype=dtype)
+            name: kernels.Buffer.from_numpy(array, channels_last=self._last, dtype=dtype)
             for name, array in self.arrays.items()
         }
         self._parameters = np.ones(channels, np.float32), np.zeros(channels, np.float32)
@@ -158,7 +160,7 @@ class Tensors:
         return found
 
     def streaming(self, threads: ThreadPoolExecutor) -> dict[str, Callable[[], None]]:
-        """Ways to write y from x, and then dx from x and dy, each tensor read or written once and from end to end."""
+        """Ways to write y from x, and dx from x and dy, from end to end; channels-last after reading them before."""
         names = "x", "y", "dy", "dx"
         whole = [self.arrays[name].reshape(-1) for name in names]
         pieces = [np.array_split(array, kernels.threads()) for array in whole]
@@ -169,20 +171,28 @@ class Tensors:
         )
         known = {name: np.ones(channels) for name in ("mean", "inv_std")}
         sums = {name: np.zeros(channels) for name in ("sum_dz", "sum_dz_xhat")}
+        found = {name: np.zeros(channels) for name in ("mean", "m2")}
 
         def loops() -> None:
+            if self._last:
+                kernels.batch_statistics(x, **found)
             kernels.batch_normalize(x, y, **known)
+            if self._last:
+                kernels.batch_gradient_sums(dy, x, **known, **sums)
             kernels.batch_input_gradient(dy, x, dx, None, count=x.shape[0], **known, **sums)
 
-        return {
-            "streaming": loops,
-            "streaming NumPy": partial(_stream, *whole),
-            "streaming NumPy in pieces": lambda: _finish(threads.map(_stream, *pieces)),
-        }
+        def in_pieces() -> None:
+            if self._last:
+                _finish(threads.map(np.add.reduce, pieces[0]))
+            _finish(threads.map(np.copyto, pieces[1], pieces[0]))
+            if self._last:
+                _finish(threads.map(np.dot, pieces[0], pieces[2]))
+            _finish(threads.map(_add, pieces[0], pieces[2], pieces[3]))
+
+        return {"streaming": loops, "streaming NumPy": in_pieces}
 
 
-def _stream(x: npt.NDArray[Any], y: npt.NDArray[Any], dy: npt.NDArray[Any], dx: npt.NDArray[Any]) -> None:
-    np.copyto(y, x)
+def _add(x: npt.NDArray[Any], dy: npt.NDArray[Any], dx: npt.NDArray[Any]) -> None:
     np.add(x, dy, out=dx)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import paddle
 from paddle import nn
 
@@ -141,15 +142,18 @@ def batch_norm(brand: str, source: str, target: str) -> None:
     """One training step of batch norm on a case's tensors; its results are written to ``target``."""
     case: HardCase = read_case(source)
     make = {"stock": nn.BatchNorm2D, "flatwater": fw.BatchNorm2D}[brand]
-    norm = make(case.x.shape[1], epsilon=case.epsilon, momentum=0.9)
+    norm = make(case.x.shape[1], epsilon=case.epsilon, momentum=0.9, data_format=case.layout)
     norm.weight.set_value(case.weight)
     norm.bias.set_value(case.bias)
     norm._variance.set_value(paddle.zeros_like(norm._variance))
-    x = paddle.to_tensor(case.x, stop_gradient=False)
-    y = norm(x)
-    y.backward(paddle.to_tensor(case.dy))
-    results = {"y": y, "dx": x.grad, "dγ": norm.weight.grad, "dβ": norm.bias.grad, "running variance": norm._variance}
-    write_results(target, {name: tensor.numpy() for name, tensor in results.items()})
+    last = case.layout == "NHWC"
+    x, dy = (np.ascontiguousarray(np.moveaxis(array, 1, -1) if last else array) for array in (case.x, case.dy))
+    given = paddle.to_tensor(x, stop_gradient=False)
+    y = norm(given)
+    y.backward(paddle.to_tensor(dy))
+    y, dx = (np.moveaxis(t.numpy(), -1, 1) if last else t.numpy() for t in (y, given.grad))
+    results = {"dγ": norm.weight.grad, "dβ": norm.bias.grad, "running variance": norm._variance}
+    write_results(target, {"y": y, "dx": dx} | {name: tensor.numpy() for name, tensor in results.items()})
 
 
 if __name__ == "__main__":

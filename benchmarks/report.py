@@ -60,7 +60,8 @@ def kernels(result: Result) -> list[RenderableType]:
             table.add_row(shape, f"{first['megabytes']:.1f}", f"{floor:.3g}", *cells)
         table.caption = (
             "the floor shown is 2.5 copies; with a residual it is 3.5 (none) or 4 (relu, hardswish)\n"
-            "streaming: five passes over the same four tensors instead of copies of two\n" + busy(result)
+            f"streaming: {'eight' if layout == 'NHWC' else 'five'} passes over the same four tensors "
+            "instead of copies of two\n" + busy(result)
         )
         tables.append(table)
 

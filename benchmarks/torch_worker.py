@@ -120,9 +120,10 @@ def batch_norm(source: str, target: str) -> None:
         norm.weight.copy_(torch.from_numpy(case.weight))
         norm.bias.copy_(torch.from_numpy(case.bias))
         norm.running_var.zero_()
-    x = torch.from_numpy(case.x).requires_grad_()
+    form = torch.channels_last if case.layout == "NHWC" else torch.contiguous_format
+    x = torch.from_numpy(case.x).contiguous(memory_format=form).requires_grad_()
     y = norm(x)
-    y.backward(torch.from_numpy(case.dy))
+    y.backward(torch.from_numpy(case.dy).contiguous(memory_format=form))
     results: dict[str, Any] = {"y": y.detach(), "dx": x.grad, "dγ": norm.weight.grad, "dβ": norm.bias.grad}
     results["running variance"] = norm.running_var
     write_results(target, {name: tensor.numpy() for name, tensor in results.items()})

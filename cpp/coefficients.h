@@ -11,7 +11,8 @@ struct Channel {
 };
 
 // z = (x - shift)·scale + offset. The mean is split: `shift` is its value in the precision of the
-// elements, so that x - shift is exact where it matters, and the rest of it goes into `offset`.
+// elements, so that x - shift is exact where it matters, and the rest of it goes into `offset`. All of it goes there
+// if it is less than a sixteenth of a deviation: to subtract it from every element would cost a rounding and save little.
 template <class T>
 struct Affine {
     T shift, scale, offset;
@@ -19,15 +20,27 @@ struct Affine {
     Affine() = default;
     FLATWATER_ONE_COPY
     explicit Affine(const Channel &channel)
-        : shift(T(channel.mean)),
+        : shift(shift_of(channel)),
           scale(T(channel.inv_std * channel.weight)),
           offset(T(channel.bias - rest(channel) * channel.inv_std * channel.weight)) {}
 
-    static double rest(const Channel &channel) { return channel.mean - double(T(channel.mean)); }
+    static T shift_of(const Channel &channel) {
+        return __builtin_fabs(channel.mean * channel.inv_std) < 1.0 / 16 ? T(0) : T(channel.mean);
+    }
+    static double rest(const Channel &channel) { return channel.mean - double(shift_of(channel)); }
 };
 
-// Σdz and Σdz·x̂ of one channel. Loops over elements take (x - shift)·inv_std for x̂, which neither
-// overflows nor vanishes however far apart the values of a channel are; what is missing is put right here.
+// The power of two next below inv_std. Loops over elements take (x - shift)·unit for x̂, which neither overflows nor
+// vanishes however far apart the values of a channel are, and costs no rounding; what is missing is put right here.
+template <class T>
+inline double unit_of(double inv_std) {
+    constexpr double least = sizeof(T) == sizeof(float) ? 0x1p-126 : 0x1p-1022;
+    constexpr double most = sizeof(T) == sizeof(float) ? 0x1p127 : 0x1p1023;
+    const double power = bit_cast<double>(bit_cast<std::uint64_t>(inv_std) & (std::uint64_t(0x7ff) << 52));
+    return power < least ? least : power > most ? most : power;
+}
+
+// Σdz and Σdz·x̂ of one channel.
 struct GradientSums {
     double dz = 0, dz_xhat = 0;
 
@@ -39,23 +52,24 @@ struct GradientSums {
     template <class T>
     FLATWATER_ONE_COPY
     static GradientSums from_shifted(const GradientSums &sums, const Channel &channel) {
-        return {sums.dz, sums.dz_xhat - Affine<T>::rest(channel) * channel.inv_std * sums.dz};
+        const double units = channel.inv_std / unit_of<T>(channel.inv_std);
+        return {sums.dz, units * sums.dz_xhat - Affine<T>::rest(channel) * channel.inv_std * sums.dz};
     }
 };
 
-// dx = dz·dz_scale + (x - shift)·inv_std·x_scale + offset, which is
+// dx = dz·dz_scale + (x - shift)·unit·x_scale + offset, which is
 //     dx = inv_std·(γ·dz - mean(γ·dz) - x̂·mean(γ·dz·x̂))
 // with the means over everything that shares the statistics. Constant statistics: both means 0.
 template <class T>
 struct Gradient {
-    T inv_std, dz_scale, x_scale, offset;
+    T unit, dz_scale, x_scale, offset;
 
     Gradient() = default;
     FLATWATER_ONE_COPY
     Gradient(const Channel &channel, double mean_dz, double mean_dz_xhat)
-        : inv_std(T(channel.inv_std)),
+        : unit(T(unit_of<T>(channel.inv_std))),
           dz_scale(T(channel.inv_std * channel.weight)),
-          x_scale(T(-channel.inv_std * mean_dz_xhat)),
+          x_scale(T(-channel.inv_std * mean_dz_xhat * (channel.inv_std / unit_of<T>(channel.inv_std)))),
           offset(T(channel.inv_std *
                    (Affine<T>::rest(channel) * channel.inv_std * mean_dz_xhat - mean_dz))) {}
 };

@@ -9,12 +9,13 @@
 
 namespace flatwater::FLATWATER_ISA {
 
-// Rows that are worked on together: where they are summed, and where they are written as well. Squares of deviations
-// are summed over them in float: short_run.
+// Rows that are worked on together: where they are summed, and where they are written as well.
 constexpr index rows_summed = 8, rows_at_once = 4;
+static_assert(rows_summed <= short_run);
 
 // Rows after which the pivot of a column moves to the mean of the rows just done.
 constexpr index pivot_rows = 64;
+static_assert(pivot_rows % rows_summed == 0);
 
 // Affine and Gradient of many columns, one array for each field.
 template <class T>
@@ -25,9 +26,9 @@ class Columns {
     void set(index j, const Affine<T> &f) {
         field(0)[j] = f.shift, field(1)[j] = f.scale, field(2)[j] = f.offset;
     }
-    void set(index j, double inv_std) { field(3)[j] = T(inv_std); }
+    void set(index j, double inv_std) { field(3)[j] = T(unit_of<T>(inv_std)); }
     void set(index j, const Gradient<T> &g) {
-        field(3)[j] = g.inv_std, field(4)[j] = g.dz_scale, field(5)[j] = g.x_scale, field(6)[j] = g.offset;
+        field(3)[j] = g.unit, field(4)[j] = g.dz_scale, field(5)[j] = g.x_scale, field(6)[j] = g.offset;
     }
     T *field(index i) const { return values_.get() + i * size_; }
 
@@ -49,11 +50,11 @@ struct AffineOf {
 };
 template <class V>
 struct GradientOf {
-    V inv_std, dz_scale, x_scale, offset;
+    V unit, dz_scale, x_scale, offset;
 
     template <class T>
     GradientOf(const Columns<T> &c, index j)
-        : inv_std(fetch<T, V>(c.field(3) + j)),
+        : unit(fetch<T, V>(c.field(3) + j)),
           dz_scale(fetch<T, V>(c.field(4) + j)),
           x_scale(fetch<T, V>(c.field(5) + j)),
           offset(fetch<T, V>(c.field(6) + j)) {}
@@ -121,8 +122,9 @@ struct ColumnMoments {
             mean = delta - delta == 0.0 ? mean + delta * (double(rows) / total) : mean + mean_rows;
             m2 += m2_rows + delta * delta * (double(before) * double(rows) / total);
         }
-        const Wide next = mean_rows - mean_rows == 0.0 ? mean_rows : Wide{};
-        pivot = narrow_lanes<V>(next);
+        // As block_pivot: a mean that is lost in the deviations is not worth subtracting; nor is infinity.
+        const Wide next = mean_rows * mean_rows * double(rows) > m2_rows ? mean_rows : Wide{};
+        pivot = narrow_lanes<V>(mean_rows - mean_rows == 0.0 ? next : Wide{});
         first = second = Wide{};
     }
 };
@@ -150,14 +152,19 @@ void vector_column_moments(const S *x, const Block &b, double *mean, double *m2)
     using T = typename Element<S>::Compute;
     ColumnMoments<V> moments[tile_columns / Lanes<V>::count];
     const index ahead = b.ahead<S>();
-    static_assert(pivot_rows % short_run == 0 && short_run % rows_summed == 0);
 
     each_slot<V>(b.columns, [&](index slot, index j) {
-        const index rows = smaller(b.rows, short_run);
-        V sum{};
-        for (index r = 0; r < rows; ++r) sum += fetch<S, V>(x + r * b.stride + j);
+        const index rows = smaller(b.rows, rows_summed);
+        V sum{}, least = fetch<S, V>(x + j), most = least;
+        for (index r = 0; r < rows; ++r) {
+            const V v = fetch<S, V>(x + r * b.stride + j);
+            sum += v;
+            least = v < least ? v : least;
+            most = v > most ? v : most;
+        }
         sum *= T(1) / T(rows);
-        moments[slot].pivot = sum - sum == T(0) ? sum : V{};
+        const V spread = (most - least) * T(0.25), size = sum < T(0) ? -sum : sum;
+        moments[slot].pivot = sum - sum == T(0) ? V(size > spread ? sum : V{}) : V{};
         moments[slot].first = moments[slot].second = Wide{};
     });
     for (index start = 0; start < b.rows; start += pivot_rows) {
@@ -248,7 +255,7 @@ void columns_apply(const At<S> &at, const Block &b, const Columns<typename Eleme
     });
 }
 
-// Per column: Σdz and Σdz·(x - shift)·inv_std.
+// Per column: Σdz and Σdz·(x - shift)·unit.
 template <class S, class V, Activation A>
 FLATWATER_ONE_COPY
 void vector_columns_sums(const At<S> &all, const Block &b, const Columns<typename Element<S>::Compute> &c,
@@ -262,17 +269,23 @@ void vector_columns_sums(const At<S> &all, const Block &b, const Columns<typenam
     each_group(b.rows, [&]<index rows>(index r) {
         each_slot<V>(b.columns, [&](index slot, index j) {
             const AffineOf<V> f(c, b.column + j);
-            V sum{}, product{};
-            for (index k = 0; k < rows; ++k) {
+            const V unit = fetch<typename Element<S>::Compute, V>(c.field(3) + b.column + j);
+            V sum{}, product{}, odd_sum{}, odd_product{};  // of odd rows apart: half the roundings
+            const auto add = [&](index k, V &to_sum, V &to_product) {
                 const index i = (r + k) * b.stride + j;
                 V shifted;
                 at.expect_inputs(i + ahead);
                 const V dz = gradient_at<S, V, A>(at, i, f, shifted);
-                sum += dz;
-                product += dz * (shifted * fetch<typename Element<S>::Compute, V>(c.field(3) + b.column + j));
+                to_sum += dz;
+                to_product += dz * (shifted * unit);
+            };
+            for (index k = 0; k + 2 <= rows; k += 2) {
+                add(k, sum, product);
+                add(k + 1, odd_sum, odd_product);
             }
-            dz_sum[slot] += widen_lanes(sum);
-            dz_xhat_sum[slot] += widen_lanes(product);
+            if constexpr (rows % 2) add(rows - 1, sum, product);
+            dz_sum[slot] += widen_lanes<V>(sum + odd_sum);
+            dz_xhat_sum[slot] += widen_lanes<V>(product + odd_product);
         });
     });
     each_slot<V>(b.columns, [&](index slot, index j) {
@@ -304,7 +317,7 @@ void vector_columns_gradient(const At<S> &all, const Block &b, const Columns<typ
                 if (at.dresidual) put<S, V, streaming>(at.dresidual + i, dz);
                 if (at.dx)
                     put<S, V, streaming>(at.dx + i,
-                                         V(dz * g.dz_scale + ((shifted * g.inv_std) * g.x_scale + g.offset)));
+                                         V(dz * g.dz_scale + ((shifted * g.unit) * g.x_scale + g.offset)));
             }
         });
     });

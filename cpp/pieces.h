@@ -10,9 +10,9 @@
 
 namespace flatwater::FLATWATER_ISA {
 
-// Squared deviations that a lane sums in its own precision. Short, for when the mean is 10^4 deviations
-// the deviations are multiples of a coarse unit, and roundings of a longer sum of squares all lean one way.
-constexpr index short_run = 16;
+// Values that a lane sums in its own precision. Short, for when the mean is 10^4 deviations the deviations are
+// multiples of a coarse unit, and roundings of a longer sum of squares all lean one way.
+constexpr index short_run = 8;
 
 template <class S, class V>
 inline V fetch(const S *p) {
@@ -115,55 +115,46 @@ inline void four_ways(index begin, index end, const Body &body) {
     if (left > 2) body.template operator()<2>(i + 2 * width);
 }
 
-template <class V, class Body>
-inline void two_ways(index begin, index end, const Body &body) {
-    constexpr index width = Lanes<V>::count;
-    index i = begin;
-    for (; i + 2 * width <= end; i += 2 * width) {
-        body.template operator()<0>(i);
-        body.template operator()<1>(i + width);
-    }
-    if (i + width <= end) body.template operator()<0>(i);
-}
-
 template <class V>
 struct Deviations {
     double sum, squares;  // Σ(x - pivot) and Σ(x - pivot)²
 };
 
-// The mean of a block's first sixteenth as its elements' own precision has it, or 0 where there is no such number.
-// Were those elements far from the block's mean, then by a distance that is itself part of m2: at most by 4 deviations.
+// The mean of a block's first sixteenth as its elements' own precision has it; 0 where there is no such number, and where
+// the sixteenth's lanes differ by more than it: then it brings the elements no nearer to 0, but costs each a rounding,
+// and may be that of an outlier. Were those elements far from the block's mean, then by a distance that is itself part
+// of m2: at most by 4 deviations.
 template <class S, class V>
 typename Element<S>::Compute block_pivot(const S *x, const Pieces &block) {
     using T = typename Element<S>::Compute;
     constexpr index few = 16, width = Lanes<V>::count;
     const index count = (block.count + few - 1) / few;
     const index length = block.count > 1 ? block.length : larger(smaller(block.length, width), block.length / few);
-    const Rest<V> rest(length);
-    V sum[4] = {};
+    V ways[4] = {};
     for (index n = 0; n < count; ++n) {
         const S *piece = x + n * block.stride;
-        four_ways<V>(0, length, [&]<int way>(index i) { sum[way] += fetch<S, V>(piece + i); });
-        if (rest.any) sum[3] += rest.only_new(fetch<S, V>(piece + rest.at));
+        four_ways<V>(0, length, [&]<int way>(index i) { ways[way] += fetch<S, V>(piece + i); });
     }
-    const T pivot = T(sum_of_lanes<V>((sum[0] + sum[1]) + (sum[2] + sum[3])) / double(count * length));
-    return pivot - pivot == 0 ? pivot : T(0);
+    const V sum = (ways[0] + ways[1]) + (ways[2] + ways[3]);
+    const double each = double(count * (length / width));
+    const T pivot = T(sum_of_lanes<V>(sum) / (each * width));
+    return pivot - pivot == 0 && __builtin_fabs(double(pivot)) > spread_of_lanes<V>(sum) / each ? pivot : T(0);
 }
 
-// Calls begin(c) and end(c) around what is done for channel c, body<way>(i) for the whole vectors of its pieces, two ways
-// in turn, last(i) for those that are not whole, which go the second way, and flush() before the sums of either way are
+// Calls begin(c) and end(c) around what is done for channel c, body<way>(i) for the whole vectors of its pieces, four ways
+// in turn, last(i) for those that are not whole, which go the last way, and flush() before the sums of any way are
 // longer than a short run. i counts from the first piece. Of short pieces, all channels of a few samples come first.
 template <class V, class Begin, class Body, class Last, class Flush, class End>
 inline void in_short_runs(const Pieces &block, const Rest<V> &rest, const Begin &begin, const Body &body,
                           const Last &last, const Flush &flush, const End &end) {
-    constexpr index longest = 2 * short_run * Lanes<V>::count;
-    const index run = short_run / (block.length / (2 * Lanes<V>::count) + 1);  // pieces; 0: not even one
+    constexpr index longest = 4 * short_run * Lanes<V>::count;
+    const index run = short_run / (block.length / (4 * Lanes<V>::count) + 1);  // pieces; 0: not even one
     for (index c = 0; c < block.channels && run == 0; ++c) {
         begin(c);
         for (index n = 0; n < block.count; ++n) {
             const index piece = n * block.stride + c * block.length, stop = piece + block.length;
             for (index start = piece; start < stop; start += longest) {
-                two_ways<V>(start, smaller(stop, start + longest), body);
+                four_ways<V>(start, smaller(stop, start + longest), body);
                 flush();
             }
             if (rest.any) last(piece + rest.at);
@@ -179,7 +170,7 @@ inline void in_short_runs(const Pieces &block, const Rest<V> &rest, const Begin 
             for (index done = first; done < stop; done += run) {
                 for (index n = done; n < smaller(done + run, stop); ++n) {
                     const index piece = n * block.stride + c * block.length;
-                    two_ways<V>(piece, piece + block.length, body);
+                    four_ways<V>(piece, piece + block.length, body);
                     if (rest.any) last(piece + rest.at);
                 }
                 flush();
@@ -189,11 +180,11 @@ inline void in_short_runs(const Pieces &block, const Rest<V> &rest, const Begin 
     }
 }
 
-// What two ways have summed in the elements' own precision, on its way into a sum in double.
+// What four ways have summed in the elements' own precision, on its way into a sum in double.
 template <class V>
-inline void move_into(typename Lanes<V>::wide &sum, V (&ways)[2]) {
-    sum += widen_lanes(ways[0]) + widen_lanes(ways[1]);
-    ways[0] = ways[1] = V{};
+inline void move_into(typename Lanes<V>::wide &sum, V (&ways)[4]) {
+    sum += widen_lanes<V>(ways[0] + ways[1]) + widen_lanes<V>(ways[2] + ways[3]);
+    for (V &way : ways) way = V{};
 }
 
 // Of one channel, with every square in double: for values so far apart, or so close, that it is no number in float.
@@ -209,7 +200,7 @@ Deviations<V> wide_deviations(const S *x, const Pieces &block, typename Element<
     };
     for (index n = 0; n < block.count; ++n) {
         const S *piece = x + n * block.stride;
-        two_ways<V>(0, block.length, [&]<int>(index i) { add(fetch<S, V>(piece + i) - pivot); });
+        four_ways<V>(0, block.length, [&]<int>(index i) { add(fetch<S, V>(piece + i) - pivot); });
         if (rest.any) add(rest.only_new(fetch<S, V>(piece + rest.at) - pivot));
     }
     return {sum_of_doubles(first), sum_of_doubles(second)};
@@ -228,7 +219,7 @@ void vector_moments(const S *x, const Pieces &block, const S *soon, Moments *fou
         firsts[c] = seconds[c] = Wide{};
     }
     const Rest<V> rest(block.length);
-    V run_first[2] = {}, run_second[2] = {};
+    V run_first[4] = {}, run_second[4] = {};
     const auto add = [&](index way, const V &d) {
         run_first[way] += d;
         run_second[way] += d * d;
@@ -243,7 +234,7 @@ void vector_moments(const S *x, const Pieces &block, const S *soon, Moments *fou
             expect(soon + i);
             add(way, fetch<S, V>(x + i) - pivot);
         },
-        [&](index i) { add(1, rest.only_new(fetch<S, V>(x + i) - pivot)); },
+        [&](index i) { add(3, rest.only_new(fetch<S, V>(x + i) - pivot)); },
         [&] {
             move_into<V>(first, run_first);
             move_into<V>(second, run_second);
@@ -326,14 +317,14 @@ struct Soon {
     }
 };
 
-// Σdz and Σdz·(x - shift)·inv_std of each of a block's channels.
+// Σdz and Σdz·(x - shift)·unit of each of a block's channels.
 template <class S, class V, Activation A>
 FLATWATER_ONE_COPY
 void vector_sums(const At<S> &all, const Pieces &block, const Channel *channels, const Soon<S> &wanted,
                  GradientSums *found) {
     using T = typename Element<S>::Compute;
     Affine<T> affine[most_together], f;
-    T inv_std{};
+    T unit{};
     using Wide = typename Lanes<V>::wide;
     Wide dz_sums[most_together], dz_xhat_sums[most_together], dz_sum{}, dz_xhat_sum{};
     for (index c = 0; c < block.channels; ++c) {
@@ -343,12 +334,12 @@ void vector_sums(const At<S> &all, const Pieces &block, const Channel *channels,
     const Rest<V> rest(block.length);
     const At<S> at = all.plus(block.offset);
     const Soon<S> soon = wanted.plus(block.offset);
-    V sum[2] = {}, product[2] = {};
+    V sum[4] = {}, product[4] = {};
     in_short_runs<V>(
         block, rest,
         [&](index c) {
             f = affine[c];
-            inv_std = T(channels[c].inv_std);
+            unit = T(unit_of<T>(channels[c].inv_std));
             dz_sum = dz_sums[c], dz_xhat_sum = dz_xhat_sums[c];
         },
         [&]<int way>(index i) {
@@ -356,13 +347,13 @@ void vector_sums(const At<S> &all, const Pieces &block, const Channel *channels,
             V shifted;
             const V dz = gradient_at<S, V, A>(at, i, f, shifted);
             sum[way] += dz;
-            product[way] += dz * (shifted * inv_std);
+            product[way] += dz * (shifted * unit);
         },
         [&](index i) {
             V shifted;
             const V dz = gradient_at<S, V, A>(at, i, f, shifted);
-            sum[1] += rest.only_new(dz);
-            product[1] += rest.only_new(dz * (shifted * inv_std));
+            sum[3] += rest.only_new(dz);
+            product[3] += rest.only_new(dz * (shifted * unit));
         },
         [&] {
             move_into<V>(dz_sum, sum);
@@ -406,7 +397,7 @@ void vector_gradient(const At<S> &all, const Pieces &pieces, const Affine<typena
             V shifted;
             const V dz = gradient(i, shifted);
             if (at.dresidual) place<S, V>(at.dresidual + i, dz);
-            return V(dz * g.dz_scale + ((shifted * g.inv_std) * g.x_scale + g.offset));
+            return V(dz * g.dz_scale + ((shifted * g.unit) * g.x_scale + g.offset));
         });
     };
     for (index n = pieces.count - 1; n >= 0; --n)

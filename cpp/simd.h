@@ -116,6 +116,28 @@ inline double sum_of_lanes(const V &v) {
     return sum_of_doubles(widen_lanes(v));
 }
 
+// The lane that a comparison of two vectors, chosen(a, b), leaves of all; in a tree.
+template <class T, class V, class Chosen>
+inline T chosen_lane(const V &v, const Chosen &chosen) {
+    if constexpr (sizeof v == sizeof(T)) {
+        return bit_cast<T>(v);
+    } else {
+        struct Halves {
+            typename VectorOf<T, sizeof(V) / 2>::type low, high;
+        };
+        const auto halves = bit_cast<Halves>(v);
+        return chosen_lane<T>(chosen(halves.low, halves.high), chosen);
+    }
+}
+
+// How far the smallest lane and the largest are apart.
+template <class V>
+inline double spread_of_lanes(const V &v) {
+    using T = typename Lanes<V>::scalar;
+    return double(chosen_lane<T>(v, [](const auto &a, const auto &b) { return a > b ? a : b; })) -
+           double(chosen_lane<T>(v, [](const auto &a, const auto &b) { return a < b ? a : b; }));
+}
+
 // exp(x) for |x| <= 87 (float) or 700 (double), to within 2 ulp: x = n·ln 2 + r, Taylor in r.
 template <class V>
 inline V exp_of(const V &x) {

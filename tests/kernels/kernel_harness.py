@@ -319,7 +319,9 @@ def check_forward(case: Case, offset: int = 0) -> None:
 def terms(case: Case, statistics: reference.Statistics | None = None) -> np.ndarray:
     """The size of what z is the sum of, per channel."""
     plain = oracle_forward(replace(case, activation="none", residual=None, bias=None), statistics).y
-    size = np.abs(plain)
+    # A mean of less than a sixteenth of a deviation is subtracted from x·γ·inv_std, not from x.
+    gamma = 1.0 if case.weight is None else np.abs(case.weight.astype(np.float64))
+    size = np.abs(plain) + (gamma if case.channels_last else np.asarray(gamma)[..., None]) / 16
     if case.bias is not None:
         bias = np.abs(case.bias.astype(np.float64))
         size = size + (bias if case.channels_last else bias[:, None])
