@@ -130,6 +130,36 @@ def test_one_thread_makes_none() -> None:
     assert run(code, OMP_NUM_THREADS="1") == ["1 0"]
 
 
+# What OpenMP would take where nobody asks for anything, on a machine of four processors.
+FOUR = "os.environ.pop('OMP_NUM_THREADS', None); _cpu.set_threads(4)"
+BEGIN = "kernels.begin((2, 3, 4), 'float32', channels_last=False, activation='none', epsilon=0)"
+
+
+@pytest.mark.parametrize("first", ["", "bits()", BEGIN], ids=["asked", "a call", "a step"])
+@pytest.mark.parametrize(
+    ("before", "asked", "threads"),
+    [(FOUR, "", "2"), (f"{FOUR}; os.environ['OMP_NUM_THREADS'] = '1'", "", "2"), ("", "3", "3"), ("", "3,2", "3")],
+    ids=["nobody", "Paddle, too late", "the user", "the user, in levels"],
+)
+def test_no_more_threads_than_control_groups_let_run(before: str, asked: str, threads: str, first: str) -> None:
+    code = f"""
+from flatwater.host import Host
+from flatwater.kernels import _cpu
+Host.look = lambda: Host(processors=2)
+{before}
+{first}
+print(kernels.threads())
+kernels.set_threads(4)
+print(kernels.threads())
+"""
+    assert run(code, OMP_NUM_THREADS=asked) == [threads, "4"]
+
+
+def test_what_was_set_before_the_first_call_stays() -> None:
+    code = "from flatwater.host import Host\nHost.look = lambda: Host(processors=2)\nkernels.set_threads(5)\nbits()\n"
+    assert run(code + "print(kernels.threads())") == ["5"]
+
+
 @PROC
 @FRAMEWORKS
 def test_teams_of_threads_that_have_ended_do_not_pile_up(framework: str) -> None:
