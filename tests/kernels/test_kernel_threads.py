@@ -195,6 +195,45 @@ print(len(found), all(same(each, expected) for each in found))
     assert run(code) == ["2 True"]
 
 
+# Takes all memory but for small pieces: Python and the team find some, the 7 KiB of a task's columns are not there.
+NO_MEMORY = """
+import ctypes, resource
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
+kernels.set_threads(2)
+case = make_case((4, 127, 100), "float64", channels_last=True, groups=1, affine=False)
+y, moments = forward(case)
+x, out = case.buffer(case.x), case.buffer(y)
+given = {"groups": 1, **moments.normalizing()}
+resource.setrlimit(resource.RLIMIT_AS, (1 << 26, resource.RLIM_INFINITY))  # less than is there: nothing is added
+held, size = [], 1 << 26
+while size >= 1 << 12:
+    block = libc.malloc(size)
+    if block:
+        held.append(block)
+    else:
+        size //= 2
+try:
+    kernels.group_normalize(x, out, **given)
+    outcome = "enough"
+except MemoryError:
+    outcome = "MemoryError"
+for block in held:
+    libc.free(block)
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+kernels.group_normalize(x, out, **given)
+print(outcome, same_bits(y, forward(case)[0]))
+"""
+
+
+@PROC
+@pytest.mark.skipif("libasan" in os.environ.get("LD_PRELOAD", ""), reason="AddressSanitizer needs more than any limit")
+def test_no_memory_within_a_parallel_region_is_a_memory_error() -> None:
+    """It once ended the process. The C library keeps to one arena here: others have memory that they may not have."""
+    assert run(NO_MEMORY, MALLOC_ARENA_MAX="1") == ["MemoryError True"]
+
+
 # With GNU's runtime, and with Intel's, which Paddle brings.
 CHILDREN = pytest.mark.parametrize(
     "framework",
