@@ -110,12 +110,12 @@ struct Moments {
     static bool finite(double value) { return value - value == 0; }
 };
 
-// Whether squares of deviations, summed in T, were neither lost below its numbers nor beyond them.
-// No squares at all are those of a constant, if its mean is one of its values.
-template <class T>
-inline bool squares_are_exact(double squares, index count, bool mean_is_a_value) {
+// Whether squares of deviations, summed in T, were neither lost below its numbers nor beyond them. Those of a constant
+// are all 0, and so may those be that were lost: it takes a look at the values themselves.
+template <class T, class IsConstant>
+inline bool squares_are_exact(double squares, index count, const IsConstant &is_constant) {
     if (sizeof(T) == sizeof(double)) return true;
-    return squares == 0 ? mean_is_a_value : squares > 1e-28 * double(count) && Moments::finite(squares);
+    return squares == 0 ? is_constant() : squares > 1e-28 * double(count) && Moments::finite(squares);
 }
 
 FLATWATER_ONE_COPY

@@ -129,6 +129,16 @@ struct ColumnMoments {
     }
 };
 
+// Of a vector of columns, 1 where one has several values, else 0.
+template <class S, class V>
+FLATWATER_ONE_COPY
+V several_values(const S *x, index rows, index stride) {
+    const V first = fetch<S, V>(x), none{};
+    V several{};
+    for (index r = 1; r < rows; ++r) several = fetch<S, V>(x + r * stride) != first ? none + 1 : several;
+    return several;
+}
+
 // Two passes in double, one column after the other.
 template <class S>
 FLATWATER_ONE_COPY
@@ -190,12 +200,23 @@ void vector_column_moments(const S *x, const Block &b, double *mean, double *m2)
         __builtin_memcpy(mean + j, &moments[slot].mean, sizeof(Wide));
         __builtin_memcpy(m2 + j, &moments[slot].m2, sizeof(Wide));
     });
-    for (index j = 0; j < b.columns; ++j)
-        if (!squares_are_exact<T>(m2[j], b.rows, mean[j] == double(T(mean[j])))) {
+    T several[Lanes<V>::count];  // of the columns that a look at one of them has shown as well
+    index shown = 0, end = 0;
+    for (index j = 0; j < b.columns; ++j) {
+        const auto is_constant = [&] {
+            if (j >= end) {
+                shown = smaller(j, b.columns - Lanes<V>::count), end = shown + Lanes<V>::count;
+                const V found = several_values<S, V>(x + shown, b.rows, b.stride);
+                __builtin_memcpy(several, &found, sizeof found);
+            }
+            return several[j - shown] == 0;
+        };
+        if (!squares_are_exact<T>(m2[j], b.rows, is_constant)) {
             const Moments exact = exact_column(x + j, b.rows, b.stride);
             mean[j] = exact.mean;
             m2[j] = exact.m2;
         }
+    }
 }
 
 // Calls the loop for vectors of columns, or for scalars where there are too few.

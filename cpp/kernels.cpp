@@ -8,7 +8,7 @@
 namespace flatwater::FLATWATER_ISA {
 namespace {
 
-// Calls `call.operator()<S, A>(p)`, unless there is nothing to do.
+// Calls `call.operator()<A>(p)`.
 template <class Call>
 void with_activation(const Problem &p, const Call &call) {
     switch (p.activation) {
@@ -21,6 +21,7 @@ void with_activation(const Problem &p, const Call &call) {
     }
 }
 
+// Calls `call.operator()<S>(p)`, unless there is nothing to do.
 template <class Call>
 void with_element(Problem p, const Call &call) {
     if (p.shape.elements() == 0) return;

@@ -206,6 +206,24 @@ Deviations<V> wide_deviations(const S *x, const Pieces &block, typename Element<
     return {sum_of_doubles(first), sum_of_doubles(second)};
 }
 
+// Of one channel, whether it has only one value.
+template <class S, class V>
+bool is_constant(const S *x, const Pieces &block) {
+    const V first = splat<V>(Element<S>::get(x));
+    for (index n = 0; n < block.count; ++n) {
+        const S *piece = x + n * block.stride;
+        V least = first, most = first;
+        const auto look = [&](const V &v) {
+            least = v < least ? v : least;
+            most = v > most ? v : most;
+        };
+        four_ways<V>(0, block.length, [&]<int>(index i) { look(fetch<S, V>(piece + i)); });
+        if (block.length % Lanes<V>::count) look(fetch<S, V>(piece + block.length - Lanes<V>::count));
+        if (any(least != most)) return false;
+    }
+    return true;
+}
+
 // Deviations from a pivot near the block's mean: a large mean costs no precision.
 template <class S, class V>
 FLATWATER_ONE_COPY
@@ -243,8 +261,9 @@ void vector_moments(const S *x, const Pieces &block, const S *soon, Moments *fou
     const index n = block.elements();
     for (index c = 0; c < block.channels; ++c) {
         Deviations<V> sums{sum_of_doubles(firsts[c]), sum_of_doubles(seconds[c])};
-        if (!squares_are_exact<T>(sums.squares, n, sums.sum == 0))
-            sums = wide_deviations<S, V>(x + c * block.length, block, pivots[c]);
+        const S *const channel = x + c * block.length;
+        if (!squares_are_exact<T>(sums.squares, n, [&] { return is_constant<S, V>(channel, block); }))
+            sums = wide_deviations<S, V>(channel, block, pivots[c]);
         found[c] = Moments::of_deviations(n, double(pivots[c]), sums.sum, sums.squares);
     }
 }

@@ -9,7 +9,6 @@
 #include <map>
 #include <mutex>
 #include <new>
-#include <vector>
 
 namespace flatwater::pool {
 namespace {
@@ -61,82 +60,85 @@ void give_back(void *block, std::size_t size) {
         munmap(block, mapped_size(size));
 }
 
-// Blocks on their way back, chained through their own memory: the system is called when the pool is unlocked.
-struct Chain {
-    Chain *next;
+// What an idle block holds: its places in two lists.
+struct Idle {
+    Idle *older, *newer;            // by when it was released
+    Idle *older_same, *newer_same;  // the same, among those of its size
     std::size_t size;
 };
+static_assert(sizeof(Idle) <= alignment);
 
-void give_back(Chain *chain) {
+// For blocks that left their lists as a chain of older ones: the system is called when the pool is unlocked.
+void give_back(Idle *chain) {
     while (chain) {
-        const Chain link = *chain;
-        give_back(chain, link.size);
-        chain = link.next;
+        Idle *const next = chain->older;
+        give_back(chain, chain->size);
+        chain = next;
     }
 }
 
 // --- The pool --------------------------------------------------------------------------------------------
 
-struct Idle {
-    void *block;
-    std::uint64_t since;  // in releases
-};
-
-struct SizeClass {
-    std::vector<Idle> idle;  // the one idle for longest first; its room is for all blocks, so it never grows
-    std::size_t blocks = 0;  // idle and in use
-};
-
 struct Pool {
     std::mutex mutex;
-    std::map<std::size_t, SizeClass> classes;
+    // Of each size the idle block released last. Each that was ever taken has an entry: release() may need no memory.
+    std::map<std::size_t, Idle *> newest_of;
+    Idle *oldest = nullptr, *newest = nullptr;
     std::optional<std::size_t> limit;
-    std::size_t in_use = 0, idle = 0, peak = 0;
-    std::uint64_t hits = 0, misses = 0, releases = 0;
-
-    std::size_t idle_limit() const { return limit.value_or(peak); }
+    std::size_t held = 0, in_use = 0, peak = 0;
+    std::uint64_t hits = 0, misses = 0;
 
     void use(std::size_t size) {
         in_use += size;
         peak = std::max(peak, in_use);
     }
 
-    void *take_idle(std::size_t size) {
-        const auto found = classes.find(size);
-        if (found == classes.end() || found->second.idle.empty()) return nullptr;
-        void *const block = found->second.idle.back().block;  // what was released last may still be in a cache
-        found->second.idle.pop_back();
-        idle -= size;
-        return block;
+    // The smallest idle block of at least this size, null if that is more than twice as large.
+    Idle *take_idle(std::size_t size) {
+        for (auto i = newest_of.lower_bound(size); i != newest_of.end() && i->first <= 2 * size; ++i)
+            if (Idle *const last = i->second) {  // it may still be in a cache
+                unlink(last);
+                return last;
+            }
+        return nullptr;
     }
 
-    // Room for the return of one more block.
-    void expect(std::size_t size) {
-        SizeClass &its = classes[size];
-        if (its.blocks == its.idle.capacity()) its.idle.reserve(2 * its.blocks + 1);
-        ++its.blocks;
+    void keep(void *block, std::size_t size) {
+        Idle *&newest_same = newest_of.find(size)->second;
+        auto *const kept = new (block) Idle{newest, nullptr, newest_same, nullptr, size};
+        (newest ? newest->newer : oldest) = kept;
+        if (newest_same) newest_same->newer_same = kept;
+        newest = newest_same = kept;
     }
 
-    void forget(std::map<std::size_t, SizeClass>::iterator of) {
-        if (--of->second.blocks == 0) classes.erase(of);
-    }
-
-    // Takes the blocks that have been idle for longest, until no more than `bytes` are.
-    Chain *shrink(std::size_t bytes) {
-        Chain *chain = nullptr;
-        while (idle > bytes) {
-            auto oldest = classes.end();
-            for (auto i = classes.begin(); i != classes.end(); ++i)
-                if (!i->second.idle.empty() &&
-                    (oldest == classes.end() || i->second.idle.front().since < oldest->second.idle.front().since))
-                    oldest = i;
-            const std::size_t size = oldest->first;
-            chain = new (oldest->second.idle.front().block) Chain{chain, size};
-            oldest->second.idle.erase(oldest->second.idle.begin());
-            idle -= size;
-            forget(oldest);
-        }
+    // Takes the blocks that have been idle for longest, until what is held is no more than may be with so much in use.
+    Idle *shrink(std::size_t used) {
+        const auto too_much = [&] { return limit ? held - used > *limit : held > 2 * std::max(peak, used); };
+        Idle *chain = nullptr;
+        while (oldest && too_much()) chain = take_oldest(chain);
         return chain;
+    }
+
+    Idle *empty() {
+        Idle *chain = nullptr;
+        while (oldest) chain = take_oldest(chain);
+        return chain;
+    }
+
+  private:
+    void unlink(const Idle *block) {
+        (block->older ? block->older->newer : oldest) = block->newer;
+        (block->newer ? block->newer->older : newest) = block->older;
+        if (block->older_same) block->older_same->newer_same = block->newer_same;
+        (block->newer_same ? block->newer_same->older_same : newest_of.find(block->size)->second) = block->older_same;
+    }
+
+    Idle *take_oldest(Idle *chain) {
+        Idle *const block = oldest;
+        unlink(block);
+        held -= block->size;
+        block->older = chain;
+        return block;
     }
 };
 
@@ -153,53 +155,56 @@ Pool &the_pool() {
 
 }  // namespace
 
-void *allocate(std::size_t bytes) {
+Block allocate(std::size_t bytes) {
     if (bytes > largest) throw std::bad_alloc();
     const std::size_t size = size_class(bytes);
     Pool &pool = the_pool();
+    Idle *surplus;
     {
         const std::lock_guard lock(pool.mutex);
-        if (void *const block = pool.take_idle(size)) {
+        if (Idle *const block = pool.take_idle(size)) {
             ++pool.hits;
             pool.use(size);
-            return block;
+            return {block, block->size, size};
         }
-        pool.expect(size);
+        pool.newest_of.try_emplace(size);
         ++pool.misses;
+        pool.held += size;  // what has to go for it goes first
+        surplus = pool.shrink(pool.in_use + size);
     }
+    give_back(surplus);
     void *block = obtain(size);
     if (!block && trim()) block = obtain(size);
     const std::lock_guard lock(pool.mutex);
     if (!block) {
-        pool.forget(pool.classes.find(size));
+        pool.held -= size;
         throw std::bad_alloc();
     }
     pool.use(size);
-    return block;
+    return {block, size, size};
 }
 
-void release(void *block, std::size_t bytes) noexcept {
-    const std::size_t size = size_class(bytes);
+void release(const Block &block) noexcept {
     Pool &pool = the_pool();
-    Chain *surplus;
+    Idle *surplus;
     {
         const std::lock_guard lock(pool.mutex);
-        pool.classes.find(size)->second.idle.push_back({block, pool.releases++});
-        pool.in_use -= size;
-        pool.idle += size;
-        surplus = pool.shrink(pool.idle_limit());
+        pool.keep(block.begin, block.size);
+        pool.in_use -= block.in_use;
+        surplus = pool.shrink(pool.in_use);
     }
     give_back(surplus);
 }
 
 std::size_t trim() noexcept {
     Pool &pool = the_pool();
-    Chain *all;
+    Idle *all;
     std::size_t bytes;
     {
         const std::lock_guard lock(pool.mutex);
-        bytes = pool.idle;
-        all = pool.shrink(0);
+        bytes = pool.held;
+        all = pool.empty();
+        bytes -= pool.held;
         pool.peak = pool.in_use;
     }
     give_back(all);
@@ -208,11 +213,11 @@ std::size_t trim() noexcept {
 
 void set_limit(std::optional<std::size_t> bytes) noexcept {
     Pool &pool = the_pool();
-    Chain *surplus;
+    Idle *surplus;
     {
         const std::lock_guard lock(pool.mutex);
         pool.limit = bytes;
-        surplus = pool.shrink(pool.idle_limit());
+        surplus = pool.shrink(pool.in_use);
     }
     give_back(surplus);
 }
@@ -220,7 +225,8 @@ void set_limit(std::optional<std::size_t> bytes) noexcept {
 Statistics statistics() noexcept {
     Pool &pool = the_pool();
     const std::lock_guard lock(pool.mutex);
-    return {pool.in_use, pool.idle, pool.peak, pool.idle_limit(), pool.hits, pool.misses};
+    return {pool.in_use, pool.held - pool.in_use, pool.peak, pool.limit.value_or(2 * pool.peak - pool.in_use),
+            pool.hits,   pool.misses};
 }
 
 }  // namespace flatwater::pool

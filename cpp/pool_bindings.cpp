@@ -25,17 +25,17 @@ struct ManagedTensor {
 };
 
 // What lives as long as the consumer's tensor.
-struct Block {
+struct Lent {
     ManagedTensor managed;
-    std::size_t bytes;
+    pool::Block block;
     std::vector<index> shape, strides;
 };
 
 // Runs wherever the consumer drops its last reference, so possibly without the interpreter's lock.
 void release(ManagedTensor *managed) {
-    auto *const block = static_cast<Block *>(managed->manager);
-    pool::release(managed->tensor.data, block->bytes);
-    delete block;
+    auto *const lent = static_cast<Lent *>(managed->manager);
+    pool::release(lent->block);
+    delete lent;
 }
 
 constexpr const char *unconsumed = "dltensor";
@@ -70,22 +70,23 @@ nb::object capsule(std::vector<index> shape, int dtype) {
     }
     if (__builtin_mul_overflow(elements, type.bits / 8, &bytes)) throw std::bad_alloc();
 
-    auto block = std::make_unique<Block>(Block{{}, std::size_t(bytes), std::move(shape), std::move(strides)});
-    ManagedTensor &managed = block->managed;
-    managed.tensor.data = pool::allocate(block->bytes);
+    auto lent = std::make_unique<Lent>(Lent{{}, {}, std::move(shape), std::move(strides)});
+    lent->block = pool::allocate(std::size_t(bytes));
+    ManagedTensor &managed = lent->managed;
+    managed.tensor.data = lent->block.begin;
     managed.tensor.device = {nb::device::cpu::value, 0};
-    managed.tensor.ndim = std::int32_t(block->shape.size());
+    managed.tensor.ndim = std::int32_t(lent->shape.size());
     managed.tensor.dtype = type;
-    managed.tensor.shape = block->shape.data();
-    managed.tensor.strides = block->strides.data();
-    managed.manager = block.get();
+    managed.tensor.shape = lent->shape.data();
+    managed.tensor.strides = lent->strides.data();
+    managed.manager = lent.get();
     managed.deleter = release;
     PyObject *const made = PyCapsule_New(&managed, unconsumed, drop);
     if (!made) {
-        release(&block.release()->managed);
+        release(&lent.release()->managed);
         throw nb::python_error();
     }
-    block.release();
+    lent.release();
     return nb::steal(made);
 }
 

@@ -97,6 +97,13 @@ inline V narrow_lanes(const typename Lanes<V>::wide &v) {
         return __builtin_convertvector(v, V);
 }
 
+// Whether a comparison holds in any lane.
+template <class Mask>
+inline bool any(const Mask &mask) {
+    const Mask none{};
+    return __builtin_memcmp(&mask, &none, sizeof none) != 0;
+}
+
 // Of as many doubles as there are lanes, in a tree: the same bits for the same vector.
 template <class Wide>
 inline double sum_of_doubles(const Wide &v) {

@@ -52,7 +52,8 @@ class Step {
         problem_.groups = by_batch_ ? channels : groups;
         problem_.epsilon = epsilon;
         const std::size_t sets = std::size_t(by_batch_ ? channels : outer * groups);
-        for (auto *values : {&mean_, &m2_, &inv_std_}) values->resize(sets);
+        for (auto *values : {&mean_, &m2_}) values->resize(sets);
+        inv_std_.resize(sets, 1 / std::sqrt(epsilon));
         problem_.mean = mean_.data();
         problem_.m2 = m2_.data();
         problem_.inv_std = inv_std_.data();
@@ -120,7 +121,7 @@ class Step {
   private:
     index channels() const { return problem_.shape.channels; }
 
-    // Over no elements every sum is the 0 that it began with.
+    // Over no elements every sum is the 0 that it began with, and inv_std that of the variance 0.
     void run(void (*Kernels::*kernel)(const Problem &)) {
         if (problem_.shape.elements()) (kernels().*kernel)(problem_);
     }

@@ -5,6 +5,7 @@
 #include <pthread.h>
 
 #include <atomic>
+#include <exception>
 #include <vector>
 
 extern "C" void GOMP_parallel(void (*)(void *), void *, unsigned, unsigned);
@@ -65,14 +66,20 @@ struct Work {
     TeamTask task;
     void *context;
     bool backwards;
+    std::atomic_flag has_thrown{};
+    std::exception_ptr thrown{};  // by the first task that did
 };
 
 void member(void *argument) {
     auto &work = *static_cast<Work *>(argument);
     const std::size_t size = work.parts.size(), rank = std::size_t(runtime().thread());
-    // A thread that has come late, or whose processor others use as well, keeps nobody waiting.
-    for (std::size_t i = 0; i < size; ++i)
-        for (index task; work.parts[(rank + i) % size].claim(task, work.backwards);) work.task(work.context, task);
+    try {
+        // A thread that has come late, or whose processor others use as well, keeps nobody waiting.
+        for (std::size_t i = 0; i < size; ++i)
+            for (index task; work.parts[(rank + i) % size].claim(task, work.backwards);) work.task(work.context, task);
+    } catch (...) {  // it would end the process: no exception leaves a parallel region
+        if (!work.has_thrown.test_and_set()) work.thrown = std::current_exception();
+    }
 }
 
 }  // namespace
@@ -97,6 +104,7 @@ void run_team(index tasks, index elements, TeamTask task, void *context, bool ba
         work.parts[std::size_t(i)].end = tasks * (i + 1) / size;
     }
     runtime().parallel(member, &work, static_cast<unsigned>(size), 0);
+    if (work.thrown) std::rethrow_exception(work.thrown);
 }
 
 }  // namespace flatwater

@@ -13,7 +13,8 @@ using TeamTask = void (*)(void *context, index task);
 
 // Runs every task of [0, tasks) once. Each thread begins with a part of its own, the same in every call
 // of one size, and then helps the others with theirs; `backwards` starts each part from its end.
-// `elements` is the size of the whole work, for a small one is not worth waking a team for.
+// `elements` is the size of the whole work, for a small one is not worth waking a team for. What a task throws, as
+// where there is no memory, the caller gets; whether the other tasks have run is then left open.
 void run_team(index tasks, index elements, TeamTask task, void *context, bool backwards);
 
 template <class F>

@@ -28,7 +28,7 @@ ROOMS = {
     "settings": {"lined"},
     "policy": {"errors", "lined", "momentum", "settings"},
     "reference": FOUNDATION,
-    "kernels": FOUNDATION,
+    "kernels": FOUNDATION | {"host"},
     "surgery": FOUNDATION,
     "verify": FOUNDATION | {"reference", "inspection"},
     "host": {"errors"},

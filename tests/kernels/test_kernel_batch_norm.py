@@ -217,6 +217,7 @@ def test_no_elements_are_no_work(shape: tuple[int, int, int], dtype: str, channe
     count = kernels.batch_norm_forward(case.buffer(case.x), case.buffer(y), **given_)
     assert count == kernels.batch_statistics(case.buffer(case.x), moments.mean, moments.m2) == 0
     assert moments.mean.tolist() == moments.m2.tolist() == [0.0] * case.channels
+    assert same_bits(moments.inv_std, Moments.of(oracle_forward(case).statistics).inv_std)
     sums = backward(case, Moments(*(np.zeros(case.channels) for _ in range(3)))).sums
     assert sums.dz.tolist() == sums.dz_xhat.tolist() == [0.0] * case.channels
 

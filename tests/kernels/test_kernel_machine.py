@@ -61,6 +61,12 @@ def test_the_same_bits_for_any_number_of_threads(dtype: str, channels_last: bool
             assert all(same_bits(one, other) for one, other in zip(bits(case), alone, strict=True)), (shape, threads)
 
 
+@pytest.mark.parametrize("count", [3, np.int64(3), np.uint8(3)], ids=lambda count: type(count).__name__)
+def test_any_integer_is_a_number_of_threads(count: int) -> None:
+    kernels.set_threads(count)
+    assert kernels.threads() == 3
+
+
 def test_calls_at_the_same_time_do_not_meet() -> None:
     """The interpreter's lock is released, so Python threads run kernels side by side."""
     cases = [make_case((5, 31, 211), activation="relu", residual=True, seed=seed) for seed in range(8)]

@@ -15,14 +15,18 @@ N, C, L = 2, 6, 5
 SHAPE = (N, C, L)
 
 
-def tensor(shape: tuple[int, ...] = SHAPE, dtype: Any = np.float32, **options: Any) -> kernels.Buffer:
+def tensor(
+    shape: tuple[int, ...] = SHAPE, dtype: Any = np.float32, writable: bool = True, **options: Any
+) -> kernels.Buffer:
     array = np.zeros(shape, dtype)
+    array.flags.writeable = writable
     KEPT_ALIVE.append(array)
     return kernels.Buffer.from_numpy(array, **options)
 
 
-def vector(size: int = C, dtype: Any = np.float32) -> kernels.Vector:
+def vector(size: int = C, dtype: Any = np.float32, writable: bool = True) -> kernels.Vector:
     array = np.ones(size, dtype)
+    array.flags.writeable = writable
     KEPT_ALIVE.append(array)
     return kernels.Vector.from_numpy(array)
 
@@ -108,6 +112,17 @@ MISTAKES: list[tuple[str, Callable[[], Any], str]] = [
     ("sum_dz_xhat in float32", lambda: halves_of_backward(sum_dz_xhat=np.ones(C, np.float32)), "sum_dz_xhat"),
     ("m2 that cannot be written", lambda: statistics(tensor(), m2=read_only()), "m2"),
     ("sum_dz that cannot be written", lambda: backward(sum_dz=read_only()), "sum_dz"),
+    ("y that cannot be written", lambda: forward(y=tensor(writable=False)), "y is read-only"),
+    ("dx that cannot be written", lambda: backward(dx=tensor(writable=False)), "dx is read-only"),
+    ("dresidual that cannot be written", lambda: group_backward(dresidual=tensor(writable=False)), "dresidual"),
+    ("running mean that cannot be written", lambda: running(running_mean=vector(writable=False)), "running_mean"),
+    ("running variance that cannot be", lambda: running(running_variance=vector(writable=False)), "running_variance"),
+    ("store: read-only", lambda: kernels.store(doubles(), vector(writable=False)), "target is read-only"),
+    ("a shape too large", lambda: statistics(tensor()._replace(shape=(2**32, 1, 2**32))), r"no memory holds"),
+    ("bytes too many", lambda: statistics(tensor()._replace(shape=(2**31, 1, 2**30))), r"no memory holds"),
+    ("no elements, of too many", lambda: statistics(tensor()._replace(shape=(2**64, C, 0))), r"no memory holds"),
+    ("no shape", lambda: statistics(tensor()._replace(shape=())), r"shape \(\) must be"),  # type: ignore[arg-type]
+    ("a negative shape", lambda: statistics(tensor()._replace(shape=(1, -1, 1))), "none negative"),
     ("unknown activation", lambda: forward(activation="gelu"), "gelu"),
     ("groups that do not divide", lambda: group_forward(groups=4), "groups=4"),
     ("no groups", lambda: group_backward(groups=0), "groups=0"),
@@ -137,6 +152,7 @@ MISTAKES: list[tuple[str, Callable[[], Any], str]] = [
     ("a vector of two dimensions", lambda: kernels.Vector.from_numpy(np.zeros((2, 2), np.float32)), "vector"),
     ("no threads", lambda: kernels.set_threads(0), "0"),
     ("half a thread", lambda: kernels.set_threads(0.5), "0.5"),  # type: ignore[arg-type]
+    ("a truth of threads", lambda: kernels.set_threads(True), "True"),
 ]
 
 
@@ -151,6 +167,55 @@ def test_a_mistake_is_named(call: Callable[[], Any], named: str) -> None:
     with pytest.raises(InputError, match=named) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+# What is filled, what lies in the same memory, and how many elements later that begins.
+OVERLAPS: list[tuple[Callable[..., None], str, str, int]] = [
+    (normalize, "y", "x", 0),
+    (forward, "y", "x", 1),
+    (forward, "y", "x", 1 - N * C * L),
+    (group_forward, "y", "residual", 7),
+    (backward, "dx", "x", 0),
+    (backward, "dx", "dy", 0),
+    (backward, "dx", "dresidual", -3),
+    (group_backward, "dresidual", "dy", 0),
+    (group_backward, "dresidual", "residual", 3),
+]
+
+
+@pytest.mark.parametrize(("call", "output", "other", "later"), OVERLAPS)
+def test_what_is_filled_lies_apart_from_all_tensors(
+    call: Callable[..., None], output: str, other: str, later: int
+) -> None:
+    both = tensor((3, *SHAPE))._replace(shape=SHAPE)
+    first, size = both._replace(pointer=both.pointer + 4 * N * C * L), N * C * L
+    with pytest.raises(InputError, match=rf"{output} and {other} share|{other} and {output} share"):
+        call(**{output: first, other: first._replace(pointer=first.pointer + 4 * later)})
+    for beside in (-size, size):
+        call(**{output: first, other: first._replace(pointer=first.pointer + 4 * beside)})
+
+
+def test_what_is_filled_lies_apart_from_parameters_and_statistics() -> None:
+    y, values = tensor(), doubles(2 * C)
+    with pytest.raises(InputError, match=r"y and weight share|weight and y share"):
+        forward(y=y, weight=kernels.Vector(y.pointer, "float32", C))
+    with pytest.raises(InputError, match=r"mean and m2 share|m2 and mean share"):
+        statistics(tensor(), mean=values[:C], m2=values[:C])
+    with pytest.raises(InputError, match="sum_dz and sum_dz_xhat share"):
+        group_backward(sum_dz=values[:C], sum_dz_xhat=values[1 : C + 1])
+    with pytest.raises(InputError, match="inv_std and sum_dz share"):
+        backward(inv_std=values[:C], sum_dz=values[C - 1 : -1])
+
+
+def test_what_is_only_read_may_share_memory() -> None:
+    x, ones = tensor(), doubles()
+    backward(x=x, dy=x, residual=x, mean=ones, inv_std=ones, dresidual=None)
+    normalize(mean=ones, inv_std=ones)
+
+
+def test_nothing_overlaps_where_there_is_nothing() -> None:
+    empty = tensor()._replace(shape=(0, C, L))
+    forward(x=empty, y=empty)
 
 
 def test_available_dtypes() -> None:

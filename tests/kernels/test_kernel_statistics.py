@@ -87,6 +87,18 @@ def test_a_beginning_far_from_the_rest(shape: tuple[int, int, int], share: int, 
 
 
 @LAYOUTS
+@pytest.mark.parametrize("pattern", [(1, -1), (3, -3, 0, 0, 0), (1, 3)], ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 520, 4), (2, 3, 4999)], ids=str)
+def test_deviations_whose_squares_float_does_not_have(shape, pattern: tuple[int, ...], channels_last: bool) -> None:
+    """Below 1e-45 a square is 0 in float32, as those of a constant are, and the sum of these deviations may be too."""
+    x = np.resize(np.float32(1e-23) * np.array(pattern, np.float32), shape)
+    exact = reference.batch_statistics(x)
+    mean_error, variance_error = largest_errors(*own(x, channels_last), exact)
+    assert mean_error <= 1e-6
+    assert variance_error <= 1e-6
+
+
+@LAYOUTS
 def test_groups_too(channels_last: bool) -> None:
     case = make_case((4, 8, 300), channels_last=channels_last, activation="swish", center=RATIO, groups=2)
     check_forward(case)

@@ -130,6 +130,36 @@ def test_one_thread_makes_none() -> None:
     assert run(code, OMP_NUM_THREADS="1") == ["1 0"]
 
 
+# What OpenMP would take where nobody asks for anything, on a machine of four processors.
+FOUR = "os.environ.pop('OMP_NUM_THREADS', None); _cpu.set_threads(4)"
+BEGIN = "kernels.begin((2, 3, 4), 'float32', channels_last=False, activation='none', epsilon=0)"
+
+
+@pytest.mark.parametrize("first", ["", "bits()", BEGIN], ids=["asked", "a call", "a step"])
+@pytest.mark.parametrize(
+    ("before", "asked", "threads"),
+    [(FOUR, "", "2"), (f"{FOUR}; os.environ['OMP_NUM_THREADS'] = '1'", "", "2"), ("", "3", "3"), ("", "3,2", "3")],
+    ids=["nobody", "Paddle, too late", "the user", "the user, in levels"],
+)
+def test_no_more_threads_than_control_groups_let_run(before: str, asked: str, threads: str, first: str) -> None:
+    code = f"""
+from flatwater.host import Host
+from flatwater.kernels import _cpu
+Host.look = lambda: Host(processors=2)
+{before}
+{first}
+print(kernels.threads())
+kernels.set_threads(4)
+print(kernels.threads())
+"""
+    assert run(code, OMP_NUM_THREADS=asked) == [threads, "4"]
+
+
+def test_what_was_set_before_the_first_call_stays() -> None:
+    code = "from flatwater.host import Host\nHost.look = lambda: Host(processors=2)\nkernels.set_threads(5)\nbits()\n"
+    assert run(code + "print(kernels.threads())") == ["5"]
+
+
 @PROC
 @FRAMEWORKS
 def test_teams_of_threads_that_have_ended_do_not_pile_up(framework: str) -> None:
@@ -163,6 +193,45 @@ ctypes.CDLL("libgomp.so.1").GOMP_parallel(member, None, 2, 0)
 print(len(found), all(same(each, expected) for each in found))
 """
     assert run(code) == ["2 True"]
+
+
+# Takes all memory but for small pieces: Python and the team find some, the 7 KiB of a task's columns are not there.
+NO_MEMORY = """
+import ctypes, resource
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
+kernels.set_threads(2)
+case = make_case((4, 127, 100), "float64", channels_last=True, groups=1, affine=False)
+y, moments = forward(case)
+x, out = case.buffer(case.x), case.buffer(y)
+given = {"groups": 1, **moments.normalizing()}
+resource.setrlimit(resource.RLIMIT_AS, (1 << 26, resource.RLIM_INFINITY))  # less than is there: nothing is added
+held, size = [], 1 << 26
+while size >= 1 << 12:
+    block = libc.malloc(size)
+    if block:
+        held.append(block)
+    else:
+        size //= 2
+try:
+    kernels.group_normalize(x, out, **given)
+    outcome = "enough"
+except MemoryError:
+    outcome = "MemoryError"
+for block in held:
+    libc.free(block)
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+kernels.group_normalize(x, out, **given)
+print(outcome, same_bits(y, forward(case)[0]))
+"""
+
+
+@PROC
+@pytest.mark.skipif("libasan" in os.environ.get("LD_PRELOAD", ""), reason="AddressSanitizer needs more than any limit")
+def test_no_memory_within_a_parallel_region_is_a_memory_error() -> None:
+    """It once ended the process. The C library keeps to one arena here: others have memory that they may not have."""
+    assert run(NO_MEMORY, MALLOC_ARENA_MAX="1") == ["MemoryError True"]
 
 
 # With GNU's runtime, and with Intel's, which Paddle brings.

@@ -11,7 +11,8 @@ between the halves; nothing else differs. z is computed again from x in the back
 nothing but the statistics has to be kept.
 
 Statistics and sums are float64 arrays of one value per channel, owned by the caller. Tensors are
-borrowed, share dtype, shape and layout, and may be empty: then what a call fills is 0. Every function
+borrowed, share dtype, shape and layout, and may be empty: then the sums that a call fills are 0, and
+inv_std is 1 / sqrt(ε). What a call fills lies apart from everything else that it is given. Every function
 raises InputError where its arguments do not fit each other.
 """
 
@@ -20,7 +21,7 @@ from __future__ import annotations
 from flatwater.errors import InputError
 from flatwater.kernels import _cpu
 from flatwater.kernels.buffer import Buffer, Vector
-from flatwater.kernels.launch import Statistics, check_statistics, doubles, prepare, run
+from flatwater.kernels.launch import Statistics, check_statistics, check_writable, doubles, prepare, run
 from flatwater.spec import Activation
 
 __all__ = [
@@ -175,7 +176,8 @@ def update_running(
             value has no unbiased variance; its biased one, 0, is taken.
     """
     size = running_mean.size
-    if running_variance[1:] != running_mean[1:]:
+    check_writable(running_mean=running_mean, running_variance=running_variance)
+    if running_variance[1:3] != running_mean[1:3]:
         raise InputError(
             f"running statistics of {size} {running_mean.dtype} and {running_variance.size} {running_variance.dtype} "
             "values; give one value per channel, of one dtype"
@@ -195,6 +197,7 @@ def update_running(
 
 def store(values: Statistics, target: Vector) -> None:
     """Round a float64 array into the memory of a parameter's gradient."""
+    check_writable(target=target)
     address = doubles(values, target.size, "the array to store")
     _cpu.store(address, target.pointer, target.dtype == "float64", target.size)
 

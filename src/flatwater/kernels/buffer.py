@@ -10,10 +10,13 @@ import numpy.typing as npt
 
 from flatwater.errors import InputError
 
-__all__ = ["DTYPES", "Buffer", "Vector", "address"]
+__all__ = ["DTYPES", "WIDTHS", "Buffer", "Vector", "address"]
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 """The element types that the kernels know, in the order of the C++ enumeration."""
+
+WIDTHS = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
+"""How many bytes one element takes."""
 
 
 class Buffer(NamedTuple):
@@ -25,19 +28,21 @@ class Buffer(NamedTuple):
         shape: ``(outer, channels, inner)``: samples, channels, and the product of the spatial
             dimensions (1 if there are none).
         channels_last: whether memory holds ``(outer, inner, channels)``. Either way it is dense.
+        writable: whether a kernel may fill it.
     """
 
     pointer: int
     dtype: str
     shape: tuple[int, int, int]
     channels_last: bool = False
+    writable: bool = True
 
     @classmethod
     def from_numpy(cls, array: npt.NDArray[Any], *, channels_last: bool = False, dtype: str | None = None) -> Buffer:
         """The buffer of a dense array of shape ``(N, C, ...)``, or ``(N, ..., C)`` with ``channels_last``.
 
         Args:
-            array: the memory; it must outlive the buffer.
+            array: the memory; it must outlive the buffer. What NumPy holds to be read-only, no kernel fills.
             channels_last: where the channels stand.
             dtype: ``"bfloat16"`` says that a uint16 array holds bfloat16 values.
 
@@ -56,15 +61,20 @@ class Buffer(NamedTuple):
             raise InputError(f"a {array.dtype} array does not hold {dtype} values; only uint16 stands for bfloat16")
         outer, *rest = array.shape
         channels = rest.pop() if channels_last else rest.pop(0)
-        return cls(address(array), dtype or str(array.dtype), (outer, channels, prod(rest)), channels_last)
+        shape = (outer, channels, prod(rest))
+        return cls(address(array), dtype or str(array.dtype), shape, channels_last, array.flags.writeable)
 
 
 class Vector(NamedTuple):
-    """One number per channel: γ, β, a running statistic. ``dtype`` is float32 or float64."""
+    """One number per channel: γ, β, a running statistic. ``dtype`` is float32 or float64.
+
+    ``writable`` says whether it may be moved on, or stored to.
+    """
 
     pointer: int
     dtype: str
     size: int
+    writable: bool = True
 
     @classmethod
     def from_numpy(cls, array: npt.NDArray[Any]) -> Vector:
@@ -74,7 +84,7 @@ class Vector(NamedTuple):
                 f"an array of shape {array.shape} and dtype {array.dtype} is not a vector of parameters; "
                 "give one dense dimension of float32 or float64"
             )
-        return cls(address(array), str(array.dtype), array.size)
+        return cls(address(array), str(array.dtype), array.size, array.flags.writeable)
 
 
 def address(array: npt.NDArray[Any]) -> int:

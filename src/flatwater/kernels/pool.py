@@ -2,8 +2,8 @@
 
 A training step asks for the same sizes again and again. An allocator that returns large blocks to the system in
 between, as the C library's does, pays for each with a page fault per 4 KiB and with zeros that nobody reads. The
-pool keeps what is freed, by size, for the next tensor of that size; blocks of 2 MiB or more lie on huge pages where
-the system has them.
+pool keeps what is freed for the next tensor of that size, or of half that size at the least; blocks of 2 MiB or more
+lie on huge pages where the system has them.
 
 A framework adopts a block through DLPack, and the block returns when the last of its views is gone, from whatever
 thread. What lies idle is bounded by :func:`set_limit`, and :func:`trim` gives all of it back.
@@ -27,11 +27,11 @@ class PoolStatistics(NamedTuple):
     """What the pool holds, in bytes, and how often it had what was asked for.
 
     Attributes:
-        in_use: in tensors that are alive. A block is at most an eighth (or 63 bytes) larger than its tensor.
-        idle: kept for the next tensors.
+        in_use: in tensors that are alive, each rounded up by at most an eighth (or 63 bytes).
+        idle: held beyond that: kept for the next tensors, or the rest of a block that is larger than its tensor.
         peak: the most that was in use at once since the last :func:`trim`.
         limit: of ``idle``.
-        hits: tensors that found an idle block of their size.
+        hits: tensors that found an idle block, at most twice their size.
         misses: tensors for which the system was asked.
     """
 
@@ -77,8 +77,9 @@ def trim() -> int:
 def set_limit(limit: int | None) -> None:
     """Let at most ``limit`` bytes lie idle; beyond that, what has been idle for longest goes.
 
-    None, as at first, is the peak: a step that frees everything it used finds everything again in the next, and the
-    pool never holds more than twice what the program was seen to need at once. 0 keeps nothing.
+    None, as at first, is what makes twice the peak with what is in use: a step finds what the ones before it have
+    freed, also where shapes change, and the pool never holds more than twice what the program was seen to need at
+    once. 0 keeps nothing.
 
     Raises:
         InputError: ``limit`` is negative.

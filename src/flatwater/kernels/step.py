@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from flatwater.kernels._cpu import Step
 from flatwater.kernels.buffer import DTYPES
-from flatwater.kernels.launch import isa
+from flatwater.kernels.launch import ready
 from flatwater.spec import ACTIVATIONS, Activation
 
 __all__ = ["Step", "begin"]
@@ -39,5 +39,5 @@ def begin(
     Raises:
         BackendError: ``FLATWATER_ISA`` names an instruction set that is not there.
     """
-    isa()
+    ready()
     return Step(DTYPES.index(dtype), ACTIVATIONS.index(activation), *shape, channels_last, groups or 0, epsilon)
