@@ -12,12 +12,13 @@ import numpy.typing as npt
 from flatwater.errors import BackendError, InputError
 from flatwater.kernels import _cpu
 from flatwater.kernels.buffer import DTYPES, Buffer, Vector
-from flatwater.spec import ACTIVATIONS, Activation
+from flatwater.spec import ACTIVATIONS, SLOPE_IN_OUTPUT, Activation
 
 __all__ = [
     "Statistics",
     "available",
     "check_groups",
+    "check_slope",
     "check_statistics",
     "doubles",
     "isa",
@@ -132,6 +133,12 @@ def check_groups(x: Buffer, groups: int) -> None:
     """Raise InputError unless the channels of ``x`` divide into ``groups``."""
     if groups < 1 or x.shape[1] % groups:
         raise InputError(f"groups={groups} does not divide the {x.shape[1]} channels; choose a divisor")
+
+
+def check_slope(activation: Activation, y: Buffer | None) -> None:
+    """Raise InputError if a backward pass is given ``y`` and the activation's slope does not follow from it."""
+    if y is not None and activation not in SLOPE_IN_OUTPUT:
+        raise InputError(f"the slope of {activation!r} does not follow from y; give the residual instead")
 
 
 def run(kernel: Callable[[_cpu.Call], None], call: _cpu.Call, x: Buffer, **filled: Statistics) -> None:
