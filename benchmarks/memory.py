@@ -24,16 +24,21 @@ WARM_STEPS, STEPS = 12, 10
 FEW_FAULTS = 8
 """Page faults per step that count as none: 4 KiB each, where a tensor of 25 MB has six thousand."""
 
-GRAPHS = (("scale", 1), ("scale", 4), ("conv", 1), ("conv", 4))
-"""Neighbours and blocks of the graphs whose peak is measured."""
+GRAPHS = tuple(
+    (neighbours, norm, blocks)
+    for neighbours in ("scale", "conv")
+    for norm, blocks in (("relu", 1), ("relu", 4), ("relu+residual", 4), ("none+residual", 4))
+)
+"""Neighbours, norms and blocks of the graphs whose peak is measured."""
 
 
 @dataclass(frozen=True)
 class Peak:
-    """Bytes by which one step of norms and ReLUs between neighbours raises the peak; medians of processes."""
+    """Bytes by which one step of norms between neighbours raises the peak; medians of processes."""
 
     shape: str
     neighbours: str
+    norm: str
     blocks: int
     tensor: int
     stock: int
@@ -49,9 +54,11 @@ class Peak:
         """Whether that is one activation's copy for each block that keeps one, to a hundredth of it.
 
         A convolution behind a block needs its input for its own gradient: then Paddle's own keeps no copy beside that,
-        and what is asked for is that ours needs no more.
+        and what is asked for is that ours needs no more. As with a residual, from which alone the activation's input
+        cannot be computed again.
         """
-        return self.saved >= (self.blocks if self.neighbours == "scale" else 0) - 0.01
+        copies = self.blocks if (self.neighbours, self.norm) == ("scale", "relu") else 0
+        return self.saved >= copies - 0.01
 
 
 @dataclass(frozen=True)
@@ -96,14 +103,14 @@ def measure(
     large = [case for case in cases if case.size == "large"]
     peaks, faults = [], []
     for case in large:
-        for neighbours, blocks in GRAPHS:
-            progress(f"memory: peak of {case.name}, {blocks} × {neighbours}")
-
-            def peak(brand: str, case: Case = case, neighbours: str = neighbours, blocks: int = blocks) -> int:
-                arguments = {"brand": brand, "neighbours": neighbours, "blocks": blocks}
-                return int(statistics.median(_ask("default", "peak", case, **arguments) for _ in range(count)))
-
-            peaks.append(Peak(case.name, neighbours, blocks, case.nbytes, peak("stock"), peak("flatwater")))
+        for neighbours, norm, blocks in GRAPHS:
+            progress(f"memory: peak of {case.name}, {blocks} × {neighbours}, {norm}")
+            graph = {"neighbours": neighbours, "norm": norm, "blocks": blocks}
+            found = {
+                brand: int(statistics.median(_ask("default", "peak", case, brand=brand, **graph) for _ in range(count)))
+                for brand in ("stock", "flatwater")
+            }
+            peaks.append(Peak(case.name, neighbours, norm, blocks, case.nbytes, **found))
     for environment in environments:
         for case in large:
             for layout in layouts:

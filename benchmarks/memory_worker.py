@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import resource
 from collections.abc import Callable
-from itertools import chain
 from pathlib import Path
 
 import paddle
@@ -28,8 +27,20 @@ class Scale(nn.Layer):  # type: ignore[misc] # Paddle's annotations are not read
         return x * 2.0
 
 
-def peak(shape: list[int], brand: str, neighbours: str, blocks: int) -> int:
-    """Bytes by which the first training step of norms and ReLUs between neighbours raises resident memory's peak.
+class Residual(nn.Layer):  # type: ignore[misc]
+    """A norm between two ways of a block: a neighbour, and what is added, which has a neighbour of its own."""
+
+    def __init__(self, neighbour: nn.Layer, added: nn.Layer, norm: nn.Layer) -> None:
+        super().__init__()
+        self.neighbour, self.added, self.norm = neighbour, added, norm
+
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        """``norm(neighbour(x), added(x))``."""
+        return self.norm(self.neighbour(x), self.added(x))
+
+
+def peak(shape: list[int], brand: str, neighbours: str, norm: str, blocks: int) -> int:
+    """Bytes by which the first training step of norms between neighbours raises resident memory's peak.
 
     Parameters and what libraries load are there before: a step on one small image has been taken.
 
@@ -37,15 +48,19 @@ def peak(shape: list[int], brand: str, neighbours: str, blocks: int) -> int:
         shape: (N, C, H, W).
         brand: stock, flatwater.
         neighbours: ``scale``, or ``conv``: 1×1, keeping the channels, so that they need little room of their own.
-        blocks: how many times neighbour, norm and ReLU stand behind each other, before a last neighbour.
+        norm: its activation, and ``+residual`` where something is added before that.
+        blocks: how many times neighbour and norm stand behind each other, before a last neighbour.
     """
     channels = shape[1]
 
     def neighbour() -> nn.Layer:
         return Scale() if neighbours == "scale" else nn.Conv2D(channels, channels, 1)
 
-    pairs = [(neighbour(), MAKERS[brand](channels, "NCHW", "relu")) for _ in range(blocks)]
-    model = nn.Sequential(*chain.from_iterable(pairs), neighbour())
+    layers: list[nn.Layer] = []
+    for _ in range(blocks):
+        middle = MAKERS[brand](channels, "NCHW", norm)
+        layers += [Residual(neighbour(), neighbour(), middle)] if "+" in norm else [neighbour(), middle]
+    model = nn.Sequential(*layers, neighbour())
     _training_step(model, [1, channels, 8, 8])
     x, gradient = _input(shape)
     before = _resident()

@@ -163,9 +163,12 @@ def memory(result: Result) -> list[RenderableType]:
         right(peaks, heading)
     for row in result["peaks"]:
         sizes = [f"{row[name] / 1e6:.0f}" for name in ("tensor", "stock", "flatwater")]
-        graph = f"{row['blocks']} × {row['neighbours']}, norm + ReLU"
+        graph = f"{row['blocks']} × {row['neighbours']}, {row['norm']}"
         peaks.add_row(row["shape"], graph, *sizes, mark(f"{row['saved']:.2f}", missed=not row["holds"]))
-    peaks.caption = f"saved: (Paddle - ours) / tensor; {MISSED} less than one for each scale block, or less than none"
+    peaks.caption = (
+        f"saved: (Paddle - ours) / tensor; {MISSED} less than one for each scale block without a residual, "
+        "or less than none"
+    )
 
     faults = table_of("Page faults per training step in the steady state", "shape", "layout", "environment")
     for heading in ("without\nnorm", "with\nPaddle's", "with\nours", "ours\nalone"):

@@ -27,7 +27,7 @@ inline V activate(const V &z) {
         const V six = splat<V>(6);
         return z < zero ? zero : (z > six ? six : z);
     }
-    if constexpr (A == Activation::leaky_relu) return z > zero ? z : V(z * T(leaky_slope));
+    if constexpr (A == Activation::leaky_relu) return z < zero ? V(z * T(leaky_slope)) : V(z + zero);  // -0 becomes 0
     if constexpr (A == Activation::hardswish) {
         const V gate = z + T(3), six = splat<V>(6);
         return z * (gate < zero ? zero : (gate > six ? six : gate)) * T(1.0 / 6);
@@ -53,6 +53,24 @@ inline V activation_gradient(const V &z, const V &dy) {
         return dy * (s + z * s * (T(1) - s));
     }
     return dy;
+}
+
+// Whether act'(z) follows from y = act(z), so that z need not be known.
+template <Activation A>
+constexpr bool slope_is_in_output = A == Activation::relu || A == Activation::relu6 || A == Activation::leaky_relu;
+
+// The same from y, for those. As far as z differs from y only by a rounding to the elements' dtype, it is as rounded
+// that it is compared with a kink.
+template <Activation A, class V>
+inline V output_gradient(const V &y, const V &dy) {
+    static_assert(slope_is_in_output<A>);
+    if constexpr (A == Activation::leaky_relu) {
+        // The sign is all that is left of a z so small that 0.01·z has become -0.
+        using Bits = typename Lanes<V>::bits;
+        const auto positive = Bits(y >= splat<V>(0)) & Bits(bit_cast<Bits>(y) >= Bits{});
+        return positive ? dy : V(dy * typename Lanes<V>::scalar(leaky_slope));
+    }
+    return activation_gradient<A, V>(y, dy);
 }
 
 }  // namespace flatwater::FLATWATER_ISA

@@ -203,6 +203,7 @@ struct At {
         expect(x + i);
         if (residual) expect(residual + i);
         if (dy) expect(dy + i);
+        if (dy && y) expect(y + i);  // else it is being written
     }
 
   private:

@@ -94,15 +94,16 @@ class Step {
             into(pointer<float>(running_mean), pointer<float>(running_variance));
     }
 
-    // Fills those of the gradients that have an address. γ and β are still those of the forward pass.
-    void backward(Address dy, Address x, Address residual, Address dx, Address dresidual, Address dweight,
+    // Fills those of the gradients that have an address. γ and β are still those of the forward pass. Of the residual
+    // and y one is enough, where the activation's slope follows from y.
+    void backward(Address dy, Address x, Address residual, Address y, Address dx, Address dresidual, Address dweight,
                   Address dbias) {
         const auto size = std::size_t(channels());
         std::vector<double> sum_dz(size), sum_dz_xhat(size);
         problem_.x = pointer<const void>(x);
         problem_.dy = pointer<const void>(dy);
         problem_.residual = pointer<const void>(residual);
-        problem_.y = nullptr;
+        problem_.y = pointer<void>(y);
         problem_.dx = pointer<void>(dx);
         problem_.dresidual = pointer<void>(dresidual);
         problem_.sum_dz = sum_dz.data();
@@ -149,8 +150,8 @@ void bind_step(nb::module_ &m) {
         .def("freeze", &Step::freeze, "running_mean"_a, "running_variance"_a)
         .def("forward", &Step::forward, "x"_a, "y"_a, "residual"_a, "weight"_a, "bias"_a, free_gil)
         .def("update", &Step::update, "running_mean"_a, "running_variance"_a, "momentum"_a, "unbiased"_a)
-        .def("backward", &Step::backward, "dy"_a, "x"_a, "residual"_a, "dx"_a, "dresidual"_a, "dweight"_a, "dbias"_a,
-             free_gil)
+        .def("backward", &Step::backward, "dy"_a, "x"_a, "residual"_a, "y"_a, "dx"_a, "dresidual"_a, "dweight"_a,
+             "dbias"_a, free_gil)
         .def_prop_ro("mean", &view<&Step::mean>)
         .def_prop_ro("m2", &view<&Step::m2>)
         .def_prop_ro("inv_std", &view<&Step::inv_std>);

@@ -164,6 +164,8 @@ Case::Case(Choices &choices) {
     if (choices.flip() && shape.channels)
         for (groups = 1 + choices.below(shape.channels); shape.channels % groups;) --groups;
     frozen = !groups && choices.below(4) == 0;
+    by_output = choices.flip() && (activation == Activation::relu || activation == Activation::relu6 ||
+                                   activation == Activation::leaky_relu);
     seed = 0;
     for (int i = 0; i < 4; ++i) seed = seed << 8 | choices.byte();
     // Rarely, for it takes long: more than the 16 MiB from which results are written past the caches.
@@ -184,7 +186,8 @@ std::string Case::describe() const {
     text += groups ? " group norm of " + std::to_string(groups) : " batch norm";
     text += std::string(", ") + names[int(activation)] + (residual ? ", residual" : "") + (weight ? ", weight" : "");
     text += std::string(bias ? ", bias" : "") + (frozen ? ", frozen" : "") + (want_dx ? ", dx" : "");
-    text += std::string(want_dresidual ? ", dresidual" : "") + (center != 0 ? ", off center" : "");
+    text += std::string(want_dresidual ? ", dresidual" : "") + (by_output ? ", by output" : "");
+    text += center != 0 ? ", off center" : "";
     return text + ", " + std::to_string(threads) + " threads, offset " + std::to_string(offset);
 }
 

@@ -54,7 +54,7 @@ struct Case {
     Shape shape;
     Activation activation;
     index groups;  // 0: batch norm
-    bool residual, weight, bias, frozen, want_dx, want_dresidual;
+    bool residual, weight, bias, frozen, want_dx, want_dresidual, by_output;  // by_output: act' is taken from y
     index threads, offset;
     double center;
     std::uint64_t seed;

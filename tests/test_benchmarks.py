@@ -151,9 +151,11 @@ def test_a_norm_is_what_it_adds_to_its_graph() -> None:
 
 
 def test_saved_memory_is_counted_in_tensors() -> None:
-    assert memory.Peak("8", "scale", 1, tensor=100, stock=500, flatwater=400).holds
-    assert not memory.Peak("8", "scale", 4, tensor=100, stock=900, flatwater=600).holds
-    assert memory.Peak("8", "conv", 1, tensor=100, stock=500, flatwater=500).saved == 0.0
+    assert memory.Peak("8", "scale", "relu", 1, tensor=100, stock=500, flatwater=400).holds
+    assert not memory.Peak("8", "scale", "relu", 4, tensor=100, stock=900, flatwater=600).holds
+    assert memory.Peak("8", "conv", "relu", 1, tensor=100, stock=500, flatwater=500).saved == 0.0
+    assert memory.Peak("8", "scale", "relu+residual", 4, tensor=100, stock=500, flatwater=500).holds
+    assert not memory.Peak("8", "scale", "none+residual", 4, tensor=100, stock=500, flatwater=502).holds
 
 
 def test_only_faults_beyond_the_graphs_own_count() -> None:

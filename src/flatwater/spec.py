@@ -20,12 +20,15 @@ from typing import Literal, get_args
 
 from flatwater.errors import InputError
 
-__all__ = ["ACTIVATIONS", "Activation", "NormSpec", "SingleValue", "canonical_activation"]
+__all__ = ["ACTIVATIONS", "SLOPE_IN_OUTPUT", "Activation", "NormSpec", "SingleValue", "canonical_activation"]
 
 Activation = Literal["none", "relu", "relu6", "leaky_relu", "hardswish", "swish"]
 SingleValue = Literal["error", "passthrough"]
 
 ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
+
+SLOPE_IN_OUTPUT: tuple[Activation, ...] = ("none", "relu", "relu6", "leaky_relu")
+"""Those whose derivative follows from y = act(z), so that z need not be known."""
 
 _ALIASES = {"silu": "swish", "hard_swish": "hardswish", "identity": "none"}
 

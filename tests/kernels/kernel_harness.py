@@ -265,14 +265,18 @@ def backward(
     frozen: bool = False,
     want_dx: bool = True,
     want_dresidual: bool | None = None,
+    y: np.ndarray | None = None,
     offset: int = 0,
 ) -> Backward:
+    """With ``y``, the activation's slope is taken from it and the residual is not handed over."""
     want_dresidual = case.residual is not None if want_dresidual is None else want_dresidual
     dx = like(case.x, offset) if want_dx else None
     dresidual = like(case.x, offset) if want_dresidual else None
     sums = Sums.empty(case.channels)
     tensors = [None if array is None else case.buffer(array) for array in (case.dy, case.x, dx, dresidual)]
     given = case.given() | moments.normalizing() | sums.given()
+    if y is not None:
+        given |= {"residual": None, "y": case.buffer(y)}
     if case.groups is None:
         kernels.batch_norm_backward(*tensors, frozen=frozen, **given)
     else:

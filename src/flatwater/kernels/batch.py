@@ -7,8 +7,10 @@
     dx = γ·inv_std·(dz - Σdz / count - x̂·Σdz·x̂ / count)
 
 Both directions come whole and in two halves. Statistics shared between processes are combined
-between the halves; nothing else differs. z is computed again from x in the backward pass, so
-nothing but the statistics has to be kept.
+between the halves; nothing else differs. z is computed again from x and the residual in the
+backward pass, so nothing but the statistics has to be kept. Or the backward pass is given ``y``, as
+the forward pass has filled it, for relu, relu6 and leaky_relu: then act'(z) is taken from y, z being
+compared with the kinks as y's dtype has rounded it, and the residual is not read.
 
 Statistics and sums are float64 arrays of one value per channel, owned by the caller. Tensors are
 borrowed, share dtype, shape and layout, and may be empty: then the sums that a call fills are 0, and
@@ -21,7 +23,7 @@ from __future__ import annotations
 from flatwater.errors import InputError
 from flatwater.kernels import _cpu
 from flatwater.kernels.buffer import Buffer, Vector
-from flatwater.kernels.launch import Statistics, check_statistics, check_writable, doubles, prepare, run
+from flatwater.kernels.launch import Statistics, check_slope, check_statistics, check_writable, doubles, prepare, run
 from flatwater.spec import Activation
 
 __all__ = [
@@ -93,10 +95,12 @@ def batch_gradient_sums(
     weight: Vector | None = None,
     bias: Vector | None = None,
     residual: Buffer | None = None,
+    y: Buffer | None = None,
     activation: Activation = "none",
 ) -> None:
     """First half of the backward pass: fill ``sum_dz`` (dβ) and ``sum_dz_xhat`` (dγ)."""
-    call = prepare(x, activation, weight=weight, bias=bias, dy=dy, residual=residual)
+    check_slope(activation, y)
+    call = prepare(x, activation, weight=weight, bias=bias, dy=dy, residual=residual, y=y)
     check_statistics(call, x.shape[1], mean=mean, inv_std=inv_std, sum_dz=sum_dz, sum_dz_xhat=sum_dz_xhat)
     run(_cpu.batch_gradient_sums, call, x, sum_dz=sum_dz, sum_dz_xhat=sum_dz_xhat)
 
@@ -115,6 +119,7 @@ def batch_input_gradient(
     weight: Vector | None = None,
     bias: Vector | None = None,
     residual: Buffer | None = None,
+    y: Buffer | None = None,
     activation: Activation = "none",
 ) -> None:
     """Second half of the backward pass: fill ``dx`` and ``dresidual``, where they are wanted.
@@ -123,7 +128,8 @@ def batch_input_gradient(
         count: values per channel behind the statistics and sums, over all processes. 0 says that
             the statistics are constants (a frozen layer): then ``dx = γ·inv_std·dz``.
     """
-    call = prepare(x, activation, weight=weight, bias=bias, dy=dy, dx=dx, residual=residual, dresidual=dresidual)
+    check_slope(activation, y)
+    call = prepare(x, activation, weight=weight, bias=bias, dy=dy, dx=dx, residual=residual, y=y, dresidual=dresidual)
     check_statistics(call, x.shape[1], mean=mean, inv_std=inv_std, sum_dz=sum_dz, sum_dz_xhat=sum_dz_xhat)
     call.count = count
     if dx is not None or dresidual is not None:
@@ -143,6 +149,7 @@ def batch_norm_backward(
     weight: Vector | None = None,
     bias: Vector | None = None,
     residual: Buffer | None = None,
+    y: Buffer | None = None,
     activation: Activation = "none",
     frozen: bool = False,
 ) -> None:
@@ -151,7 +158,8 @@ def batch_norm_backward(
     Args:
         frozen: the statistics are constants, not functions of x: ``dx = γ·inv_std·dz``.
     """
-    call = prepare(x, activation, weight=weight, bias=bias, dy=dy, dx=dx, residual=residual, dresidual=dresidual)
+    check_slope(activation, y)
+    call = prepare(x, activation, weight=weight, bias=bias, dy=dy, dx=dx, residual=residual, y=y, dresidual=dresidual)
     check_statistics(call, x.shape[1], mean=mean, inv_std=inv_std, sum_dz=sum_dz, sum_dz_xhat=sum_dz_xhat)
     call.count = 0 if frozen else _count(x)
     run(_cpu.batch_norm_backward, call, x, sum_dz=sum_dz, sum_dz_xhat=sum_dz_xhat)

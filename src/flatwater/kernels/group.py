@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from flatwater.kernels import _cpu
 from flatwater.kernels.buffer import Buffer, Vector
-from flatwater.kernels.launch import Statistics, check_groups, check_statistics, prepare, run
+from flatwater.kernels.launch import Statistics, check_groups, check_slope, check_statistics, prepare, run
 from flatwater.spec import Activation
 
 __all__ = ["group_norm_backward", "group_norm_forward", "group_normalize", "group_statistics"]
@@ -89,11 +89,13 @@ def group_norm_backward(
     weight: Vector | None = None,
     bias: Vector | None = None,
     residual: Buffer | None = None,
+    y: Buffer | None = None,
     activation: Activation = "none",
 ) -> None:
     """The backward pass: fill ``dx`` and ``dresidual`` where they are wanted, and dβ and dγ."""
     check_groups(x, groups)
-    call = prepare(x, activation, weight=weight, bias=bias, dy=dy, dx=dx, residual=residual, dresidual=dresidual)
+    check_slope(activation, y)
+    call = prepare(x, activation, weight=weight, bias=bias, dy=dy, dx=dx, residual=residual, y=y, dresidual=dresidual)
     call.groups = groups
     check_statistics(call, x.shape[0] * groups, mean=mean, inv_std=inv_std)
     check_statistics(call, x.shape[1], sum_dz=sum_dz, sum_dz_xhat=sum_dz_xhat)

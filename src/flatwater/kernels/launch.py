@@ -15,13 +15,14 @@ from flatwater import host
 from flatwater.errors import BackendError, InputError
 from flatwater.kernels import _cpu
 from flatwater.kernels.buffer import DTYPES, WIDTHS, Buffer, Vector
-from flatwater.spec import ACTIVATIONS, Activation
+from flatwater.spec import ACTIVATIONS, SLOPE_IN_OUTPUT, Activation
 
 __all__ = [
     "Call",
     "Statistics",
     "available",
     "check_groups",
+    "check_slope",
     "check_statistics",
     "check_writable",
     "doubles",
@@ -42,9 +43,15 @@ _MOST_BYTES = 2**63 - 1  # that an address can be offset by
 
 
 class Call(_cpu.Call):
-    """A call of the compiled module that knows where its arrays lie, in whatever role: (begin, end, name)."""
+    """A call of the compiled module that knows where its arrays lie.
+
+    Attributes:
+        places: (begin, end, name) of each, in whatever role.
+        filled: the names of the tensors that are written.
+    """
 
     places: list[tuple[int, int, str]]
+    filled: frozenset[str]
 
 
 def available(dtype: str) -> bool:
@@ -156,6 +163,7 @@ def prepare(
     call = Call(DTYPES.index(x.dtype), ACTIVATIONS.index(activation), *x.shape, x.channels_last)
     call.x = x.pointer
     call.places = [(x.pointer, x.pointer + size, "x")]
+    call.filled = _OUTPUTS - {"y"} if "dy" in tensors else _OUTPUTS  # a backward pass reads y, if it has it
     for name, tensor in tensors.items():
         if tensor is None:
             continue
@@ -163,7 +171,7 @@ def prepare(
             raise InputError(
                 f"{name} is {_describe(tensor)} but x is {_describe(x)}; they must share dtype, shape and layout"
             )
-        if name in _OUTPUTS and not tensor.writable:
+        if name in call.filled and not tensor.writable:
             raise InputError(f"{name} is read-only, {_describe(tensor)}, but is to be filled; pass memory to write to")
         setattr(call, name, tensor.pointer)
         call.places.append((tensor.pointer, tensor.pointer + size, name))
@@ -209,6 +217,12 @@ def check_groups(x: Buffer, groups: int) -> None:
         raise InputError(f"groups={groups} does not divide the {x.shape[1]} channels; choose a divisor")
 
 
+def check_slope(activation: Activation, y: Buffer | None) -> None:
+    """Raise InputError if a backward pass is given ``y`` and the activation's slope does not follow from it."""
+    if y is not None and activation not in SLOPE_IN_OUTPUT:
+        raise InputError(f"the slope of {activation!r} does not follow from y; give the residual instead")
+
+
 def run(kernel: Callable[[_cpu.Call], None], call: Call, x: Buffer, **filled: Statistics) -> None:
     """Run the kernel, which fills these arrays; over no elements sums are 0, and inv_std is that of the variance 0.
 
@@ -218,7 +232,7 @@ def run(kernel: Callable[[_cpu.Call], None], call: Call, x: Buffer, **filled: St
     for name, array in filled.items():
         if not array.flags.writeable:
             raise InputError(f"{name} is a read-only array of {array.size} values, but is to be filled; pass a copy")
-    _check_apart(call, _OUTPUTS | filled.keys())
+    _check_apart(call, call.filled | filled.keys())
     if 0 not in x.shape:
         kernel(call)
         return

@@ -16,7 +16,7 @@ from paddle.jit.sot.psdb import fallback
 from flatwater.paddle.calls import NormCall
 from flatwater.paddle.composite import composite_gradients
 from flatwater.paddle.memory import empty_like
-from flatwater.paddle.pruning import asked_for
+from flatwater.paddle.saved import Saved, recall, save, wanted
 
 __all__ = ["normalize"]
 
@@ -43,39 +43,36 @@ class _Norm(PyLayer):
         residual: paddle.Tensor | None,
         call: NormCall,
     ) -> paddle.Tensor:
-        tensors = (x, weight, bias, residual)
         ctx.call = call
-        ctx.given = [tensor is not None for tensor in tensors]
-        # Asked now: a tensor that comes back from a hook (recompute, offloading) has forgotten it.
-        ctx.needed = [tensor is not None and not tensor.stop_gradient for tensor in tensors]
-        ctx.save_for_backward(*[tensor for tensor in tensors if tensor is not None])
-
-        x, residual = x.contiguous(), None if residual is None else residual.contiguous()
-        y = empty_like(x)
-        call.forward(x, y, weight, bias, residual)
+        dense = x.contiguous()
+        y = empty_like(dense)
+        call.forward(dense, y, weight, bias, None if residual is None else residual.contiguous())
+        save(ctx, (x, weight, bias, residual), y, call.activation)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: paddle.Tensor) -> tuple[paddle.Tensor | None, ...]:
-        saved = iter(ctx.saved_tensor())
-        tensors: list[Any] = [next(saved) if given else None for given in ctx.given]
-        needed = [need and asked for need, asked in zip(ctx.needed, asked_for(tensors), strict=True)]
-        # A gradient that will itself be differentiated has to consist of Paddle's operators.
-        differentiate = composite_gradients if paddle.is_grad_enabled() else partial(_kernel_gradients, needed)
-        found = differentiate(dy, tensors, ctx.call)
+        # A gradient that will itself be differentiated has to consist of Paddle's operators. The kernels have γ and β
+        # of the forward pass.
+        composite = paddle.is_grad_enabled()
+        saved = recall(ctx, parameters=composite)
+        needed = wanted(ctx)
+        differentiate = composite_gradients if composite else partial(_kernel_gradients, needed)
+        found = differentiate(dy, saved, ctx.call)
         each = zip(found, ctx.given, needed, strict=True)
         return tuple(gradient if need else None for gradient, given, need in each if given)
 
 
 def _kernel_gradients(
-    needed: list[bool], dy: paddle.Tensor, tensors: list[Any], call: NormCall
+    needed: list[bool], dy: paddle.Tensor, saved: Saved, call: NormCall
 ) -> tuple[paddle.Tensor | None, ...]:
     """The gradients for x, γ, β and the residual that are ``needed``, None for the others."""
-    x, weight, bias, residual = tensors
-    x, dy = x.contiguous(), dy.contiguous()
-    residual = None if residual is None else residual.contiguous()
+    x, dy = saved.x.contiguous(), dy.contiguous()
+    residual, y = (None if tensor is None else tensor.contiguous() for tensor in (saved.residual, saved.y))
+    # The residual's gradient is a tensor of its own without an activation too, where it is dy: Paddle adds to gradients
+    # in place, and would add to whatever else holds dy.
     dx, dweight, dbias, dresidual = (
-        empty_like(like) if need else None for like, need in zip((x, weight, bias, x), needed, strict=True)
+        empty_like(like) if need else None for like, need in zip((x, saved.weight, saved.bias, x), needed, strict=True)
     )
-    call.backward(dy, x, residual, dx, dresidual, dweight, dbias)
+    call.backward(dy, x, residual, y, dx, dresidual, dweight, dbias)
     return dx, dweight, dbias, dresidual

@@ -98,18 +98,19 @@ class NormCall:
         dy: paddle.Tensor,
         x: paddle.Tensor,
         residual: paddle.Tensor | None,
+        y: paddle.Tensor | None,
         dx: paddle.Tensor | None,
         dresidual: paddle.Tensor | None,
         dweight: paddle.Tensor | None,
         dbias: paddle.Tensor | None,
     ) -> None:
-        """Fill those of the gradients that are wanted.
+        """Fill those of the gradients that are wanted. Where :data:`SLOPE_IN_OUTPUT` says so, y will do for a residual.
 
         Raises:
             InputError: ``dy``, or what a hook made of a saved tensor, is not like the input of the forward pass.
         """
-        self.check_like(dy, x, residual)
-        self._step.backward(dy.data_ptr(), x.data_ptr(), *map(_address, (residual, dx, dresidual, dweight, dbias)))
+        self.check_like(dy, x, residual, y)
+        self._step.backward(dy.data_ptr(), x.data_ptr(), *map(_address, (residual, y, dx, dresidual, dweight, dbias)))
 
     def check_like(self, *tensors: paddle.Tensor | None) -> None:
         """Raise InputError unless all tensors have the shape and dtype that the forward pass had."""

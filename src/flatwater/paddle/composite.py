@@ -7,13 +7,11 @@ or Paddle's fused operators.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import paddle
 import paddle.nn.functional as F
 
 from flatwater.paddle.calls import NormCall
+from flatwater.paddle.saved import Saved
 from flatwater.spec import Activation
 
 __all__ = ["activate", "composite_gradients", "exportable_group_norm"]
@@ -32,8 +30,8 @@ def activate(z: paddle.Tensor, activation: Activation) -> paddle.Tensor:
     return z if activation == "none" else _ACTIVATIONS[activation](z)
 
 
-def composite_gradients(dy: paddle.Tensor, tensors: Sequence[Any], call: NormCall) -> tuple[paddle.Tensor, ...]:
-    """The gradients for ``tensors``, x, γ, β and the residual, as differentiable functions of ``dy`` and of each.
+def composite_gradients(dy: paddle.Tensor, saved: Saved, call: NormCall) -> tuple[paddle.Tensor, ...]:
+    """The gradients for x, γ, β and the residual, as differentiable functions of ``dy`` and of each of them.
 
     With dz = dy·act'(z), and means over everything that shares statistics,
 
@@ -41,7 +39,7 @@ def composite_gradients(dy: paddle.Tensor, tensors: Sequence[Any], call: NormCal
 
     and only ``γ·dz·inv_std`` for frozen statistics.
     """
-    x, weight, bias, residual = tensors
+    x, weight, bias, residual, y = saved
     axis = x.ndim - 1 if call.channels_last else 1
     channels = x.shape[axis]
     groups, frozen = call.groups, call.frozen
@@ -60,9 +58,12 @@ def composite_gradients(dy: paddle.Tensor, tensors: Sequence[Any], call: NormCal
         inv_std = paddle.rsqrt((x - mean).square().mean(shared, keepdim=True) + call.epsilon)
     xhat = (x - mean) * inv_std
     gamma = 1.0 if weight is None else weight.reshape(affine)
-    z = xhat * gamma if bias is None else xhat * gamma + bias.reshape(affine)
-    z = z if residual is None else z + residual.reshape(split)
-    dz = dy * _slope(z, call.activation)
+    if y is not None:
+        dz = dy * _slope_from_output(y.reshape(split), call.activation)
+    else:
+        z = xhat * gamma if bias is None else xhat * gamma + bias.reshape(affine)
+        z = z if residual is None else z + residual.reshape(split)
+        dz = dy * _slope(z, call.activation)
     dxhat = gamma * dz
     if not frozen:
         dxhat = dxhat - dxhat.mean(shared, keepdim=True) - xhat * (dxhat * xhat).mean(shared, keepdim=True)
@@ -123,3 +124,10 @@ def _slope(z: paddle.Tensor, activation: Activation) -> paddle.Tensor | float:
             s = F.sigmoid(z)
             return s + z * s * (1 - s)
     return 1.0
+
+
+def _slope_from_output(y: paddle.Tensor, activation: Activation) -> paddle.Tensor | float:
+    """act'(z) from y = act(z); constant between kinks, so that it has no derivative to lose."""
+    if activation == "leaky_relu":  # of a z close enough to 0 only the sign is left
+        return paddle.where(paddle.signbit(y), paddle.full_like(y, 0.01), paddle.ones_like(y))
+    return _slope(y, activation)

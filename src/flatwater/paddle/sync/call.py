@@ -29,7 +29,7 @@ from flatwater.errors import InputError, SingleValueError
 from flatwater.kernels import Buffer, Statistics, Vector
 from flatwater.paddle.dtypes import dtype_name
 from flatwater.paddle.memory import empty_like
-from flatwater.paddle.pruning import asked_for
+from flatwater.paddle.saved import recall, save, wanted
 from flatwater.paddle.sync.collectives import Communicator, Direction, Operation
 from flatwater.spec import Activation, NormSpec
 
@@ -190,36 +190,29 @@ class _SyncNorm(PyLayer):
         residual: paddle.Tensor | None,
         call: SyncNormCall,
     ) -> paddle.Tensor:
-        tensors = (x, weight, bias, residual)
         ctx.call = call
-        ctx.given = [tensor is not None for tensor in tensors]
-        # Asked now: a tensor that comes back from a hook (recompute, offloading) has forgotten it.
-        ctx.needed = [tensor is not None and not tensor.stop_gradient for tensor in tensors]
-        ctx.save_for_backward(*[tensor for tensor in tensors if tensor is not None])
-
-        x, residual = x.contiguous(), None if residual is None else residual.contiguous()
-        y = empty_like(x)
-        seen = call.buffer(x)
+        dense, added = x.contiguous(), None if residual is None else residual.contiguous()
+        y = empty_like(dense)
+        seen = call.buffer(dense)
         mean, m2 = np.zeros((2, seen.shape[1]))
         count = kernels.batch_statistics(seen, mean, m2)
         call.take_total(call.sum(contribution(count, mean, m2, call.pivot), "forward"))
-        kernels.batch_normalize(seen, call.buffer(y), residual=call.optional(residual), **_settings(weight, bias, call))
+        kernels.batch_normalize(seen, call.buffer(y), residual=call.optional(added), **_settings(weight, bias, call))
+        save(ctx, (x, weight, bias, residual), y, call.activation)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: paddle.Tensor) -> tuple[paddle.Tensor | None, ...]:
         call: SyncNormCall = ctx.call
         refuse_second_derivative(call)
-        saved = iter(ctx.saved_tensor())
-        tensors: list[Any] = [next(saved) if given else None for given in ctx.given]
-        needed = [need and asked for need, asked in zip(ctx.needed, asked_for(tensors), strict=True)]
-        x, weight, bias, residual = tensors
+        needed = wanted(ctx)
+        x, weight, bias, residual, y = recall(ctx, parameters=True)
         x, dy = x.contiguous(), dy.contiguous()
-        residual = None if residual is None else residual.contiguous()
+        residual, y = (None if tensor is None else tensor.contiguous() for tensor in (residual, y))
         dx = empty_like(x) if needed[0] else None
         dresidual = empty_like(x) if needed[3] else None
 
-        settings = _settings(weight, bias, call) | {"residual": call.optional(residual)}
+        settings = _settings(weight, bias, call) | {"residual": call.optional(residual), "y": call.optional(y)}
         seen = call.buffer(dy), call.buffer(x)
         sum_dz, sum_dz_xhat = np.zeros((2, call.mean.size))
         kernels.batch_gradient_sums(*seen, sum_dz=sum_dz, sum_dz_xhat=sum_dz_xhat, **settings)
