@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 
-.PHONY: ocr test lint bench sanitize fuzz clean
+.PHONY: ocr test lint bench sanitize fuzz tsan clean
 .DELETE_ON_ERROR:
 
 # The whole road: render Chinese text lines, train, fold, export, verify, report -> runs/ocr
@@ -44,6 +44,14 @@ fuzz:
 	    -DFLATWATER_FUZZ=standalone -DFLATWATER_SANITIZE=$(SANITIZERS)
 	cmake --build build/fuzz --parallel 2
 	set -e; for isa in $(ISAS); do FLATWATER_ISA=$$isa build/fuzz/fuzz/fuzz_kernels 2000; done
+
+# The same calls under ThreadSanitizer, which sees nothing of an OpenMP library's threads: the team is of threads that it
+# does see, fuzz/threads.cpp.
+tsan:
+	cmake -S . -B build/tsan -DCMAKE_CXX_COMPILER=$(CXX) -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+	    -DFLATWATER_FUZZ=standalone -DFLATWATER_SANITIZE=thread
+	cmake --build build/tsan --parallel 2
+	set -e; for isa in $(ISAS); do FLATWATER_ISA=$$isa build/tsan/fuzz/fuzz_kernels 1000; done
 
 # Reinstalled when a source changes, so that a target never runs yesterday's code.
 SOURCES = pyproject.toml CMakeLists.txt $(shell find cpp src -type f -not -path '*/__pycache__/*')
