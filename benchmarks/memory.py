@@ -27,7 +27,11 @@ FEW_FAULTS = 8
 GRAPHS = tuple(
     (neighbours, norm, blocks)
     for neighbours in ("scale", "conv")
-    for norm, blocks in (("relu", 1), ("relu", 4), ("relu+residual", 4), ("none+residual", 4))
+    for norm, blocks in (
+        ("relu", 1),
+        ("relu", 4),
+        *((f"{activation}+residual", 4) for activation in ("relu", "none", "hardswish")),
+    )
 )
 """Neighbours, norms and blocks of the graphs whose peak is measured."""
 

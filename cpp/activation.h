@@ -10,6 +10,12 @@ namespace flatwater::FLATWATER_ISA {
 
 constexpr double leaky_slope = 0.01;
 
+// For backward loops that know y = act(z) instead of z, where act' follows from it. As far as y differs from z only by
+// the rounding to the elements' dtype, it is as rounded that it is compared with a kink.
+constexpr Activation relu_of_y{16}, relu6_of_y{17}, leaky_relu_of_y{18};
+template <Activation A>
+constexpr bool is_of_y = A == relu_of_y || A == relu6_of_y || A == leaky_relu_of_y;
+
 template <class V>
 inline V sigmoid(const V &z) {
     using T = typename Lanes<V>::scalar;
@@ -36,7 +42,7 @@ inline V activate(const V &z) {
     return z;
 }
 
-// dz = dy · act'(z)
+// dz = dy · act'(z); for the loops that know y, z is y.
 template <Activation A, class V>
 inline V activation_gradient(const V &z, const V &dy) {
     using T = typename Lanes<V>::scalar;
@@ -52,25 +58,15 @@ inline V activation_gradient(const V &z, const V &dy) {
         const V s = sigmoid<V>(z);
         return dy * (s + z * s * (T(1) - s));
     }
-    return dy;
-}
-
-// Whether act'(z) follows from y = act(z), so that z need not be known.
-template <Activation A>
-constexpr bool slope_is_in_output = A == Activation::relu || A == Activation::relu6 || A == Activation::leaky_relu;
-
-// The same from y, for those. As far as z differs from y only by a rounding to the elements' dtype, it is as rounded
-// that it is compared with a kink.
-template <Activation A, class V>
-inline V output_gradient(const V &y, const V &dy) {
-    static_assert(slope_is_in_output<A>);
-    if constexpr (A == Activation::leaky_relu) {
+    if constexpr (A == relu_of_y) return activation_gradient<Activation::relu, V>(z, dy);
+    if constexpr (A == relu6_of_y) return activation_gradient<Activation::relu6, V>(z, dy);
+    if constexpr (A == leaky_relu_of_y) {
         // The sign is all that is left of a z so small that 0.01·z has become -0.
         using Bits = typename Lanes<V>::bits;
-        const auto positive = Bits(y >= splat<V>(0)) & Bits(bit_cast<Bits>(y) >= Bits{});
-        return positive ? dy : V(dy * typename Lanes<V>::scalar(leaky_slope));
+        const auto positive = Bits(z >= zero) & Bits(bit_cast<Bits>(z) >= Bits{});
+        return positive ? dy : V(dy * T(leaky_slope));
     }
-    return activation_gradient<A, V>(y, dy);
+    return dy;
 }
 
 }  // namespace flatwater::FLATWATER_ISA

@@ -21,6 +21,18 @@ void with_activation(const Problem &p, const Call &call) {
     }
 }
 
+// Of a backward call: where act' follows from a y that is given, loops of their own read that instead of the residual.
+template <class Call>
+void with_gradient(const Problem &p, const Call &call) {
+    Problem of_y = p;
+    of_y.residual = p.y;
+    of_y.y = nullptr;
+    if (p.y && p.activation == Activation::relu) return call.template operator()<relu_of_y>(of_y);
+    if (p.y && p.activation == Activation::relu6) return call.template operator()<relu6_of_y>(of_y);
+    if (p.y && p.activation == Activation::leaky_relu) return call.template operator()<leaky_relu_of_y>(of_y);
+    with_activation(p, call);
+}
+
 // Calls `call.operator()<S>(p)`, unless there is nothing to do.
 template <class Call>
 void with_element(Problem p, const Call &call) {
@@ -52,19 +64,19 @@ void batch_norm_forward(const Problem &problem) {
 
 void batch_gradient_sums(const Problem &problem) {
     with_element(problem, []<class S>(const Problem &p) {
-        with_activation(p, []<Activation A>(const Problem &q) { Batch<S>::template gradient_sums<A>(q); });
+        with_gradient(p, []<Activation A>(const Problem &q) { Batch<S>::template gradient_sums<A>(q); });
     });
 }
 
 void batch_input_gradient(const Problem &problem) {
     with_element(problem, []<class S>(const Problem &p) {
-        with_activation(p, []<Activation A>(const Problem &q) { Batch<S>::template input_gradient<A>(q); });
+        with_gradient(p, []<Activation A>(const Problem &q) { Batch<S>::template input_gradient<A>(q); });
     });
 }
 
 void batch_norm_backward(const Problem &problem) {
     with_element(problem, []<class S>(const Problem &p) {
-        with_activation(p, []<Activation A>(const Problem &q) { Batch<S>::template backward<A>(q); });
+        with_gradient(p, []<Activation A>(const Problem &q) { Batch<S>::template backward<A>(q); });
     });
 }
 
@@ -86,7 +98,7 @@ void group_norm_forward(const Problem &problem) {
 
 void group_norm_backward(const Problem &problem) {
     with_element(problem, []<class S>(const Problem &p) {
-        with_activation(p, []<Activation A>(const Problem &q) { Group<S>::template backward<A>(q); });
+        with_gradient(p, []<Activation A>(const Problem &q) { Group<S>::template backward<A>(q); });
     });
 }
 

@@ -203,7 +203,6 @@ struct At {
         expect(x + i);
         if (residual) expect(residual + i);
         if (dy) expect(dy + i);
-        if (dy && y) expect(y + i);  // else it is being written
     }
 
   private:

@@ -67,12 +67,12 @@ inline void finish_streaming() {
 #endif
 }
 
-// dz, from y where the call has it, and on the way x - shift. F: Affine, of one channel or of a vector of them.
+// dz, and on the way x - shift. F: Affine, of one channel or of a vector of them. y lies where the residual does else.
 template <class S, class V, Activation A, class F>
 inline V gradient_at(const At<S> &at, index i, const F &f, V &shifted) {
     shifted = fetch<S, V>(at.x + i) - f.shift;
-    if constexpr (slope_is_in_output<A>)
-        if (at.y) return output_gradient<A, V>(fetch<S, V>(at.y + i), fetch<S, V>(at.dy + i));
+    if constexpr (is_of_y<A>)
+        return activation_gradient<A, V>(fetch<S, V>(at.residual + i), fetch<S, V>(at.dy + i));
     V z = shifted * f.scale + f.offset;
     if (at.residual) z += fetch<S, V>(at.residual + i);
     return activation_gradient<A, V>(z, fetch<S, V>(at.dy + i));

@@ -13,6 +13,10 @@ keyword arguments:
 ``layer(x, residual)``
     adds a tensor shaped like x before the activation.
 
+The backward pass reads x, and with a residual under ``relu``, ``relu6`` or ``leaky_relu`` the output too, under
+``hardswish`` or ``swish`` the residual: whoever changes one of these in place before it gets an error there, as from
+Paddle's own layers.
+
 Modes: in ``train()`` on the CPU the kernels compute, in dynamic mode; in ``eval()``, in captured
 graphs and on other devices Paddle's own operators do, with the same results.
 :func:`~flatwater.paddle.backend_of` says which.
