@@ -184,15 +184,23 @@ struct Batch {
             const index to = tile.chunk * layout.columns + tile.column;
             column_moments(At<S>(p, tile.offset).x, block_of(layout, tile), &mean[to], &m2[to]);
         });
-        for (index c = 0; c < layout.channels; ++c) {
-            const ChannelColumns columns = layout.columns_of(c);
-            Moments all;
-            for (index chunk = 0; chunk < layout.chunks; ++chunk) {
-                const index first = chunk * layout.columns + columns.first;
-                all.add(Moments::of_equal_sets(&mean[first], &m2[first], columns.count, columns.step,
-                                               layout.rows_of(chunk)));
+        // A chunk after the other, all channels of it in a row: they share counts, and so the divisions.
+        Scratch<double> sets(layout.columns_each > 1 ? 2 * layout.channels : 0);
+        for (index chunk = 0; chunk < layout.chunks; ++chunk) {
+            const double *means = &mean[chunk * layout.columns], *m2s = &m2[chunk * layout.columns];
+            const index rows = layout.rows_of(chunk);
+            if (layout.columns_each > 1) {
+                double *const set_means = sets.get(), *const set_m2s = set_means + layout.channels;
+                for (index c = 0; c < layout.channels; ++c) {
+                    const ChannelColumns each = layout.columns_of(c);
+                    const Moments set =
+                        Moments::of_equal_sets(means + each.first, m2s + each.first, each.count, each.step, rows);
+                    set_means[c] = set.mean, set_m2s[c] = set.m2;
+                }
+                means = set_means, m2s = set_m2s;
             }
-            set_moments(p, c, all);
+            Moments::add_to_all(p.mean, p.m2, chunk * layout.chunk_rows * layout.columns_each, means, m2s,
+                                rows * layout.columns_each, layout.channels);
         }
     }
 
@@ -233,16 +241,12 @@ struct Batch {
             const index to = tile.chunk * layout.columns + tile.column;
             columns_sums<S, A>(At<S>(p, tile.offset), block_of(layout, tile), columns, &dz[to], &dz_xhat[to]);
         });
-        for (index c = 0; c < layout.channels; ++c) {
-            const ChannelColumns each = layout.columns_of(c);
-            GradientSums all;
-            for (index chunk = 0; chunk < layout.chunks; ++chunk)
-                for (index i = 0; i < each.count; ++i) {
-                    const index at = chunk * layout.columns + each.first + i * each.step;
-                    all.add({dz[at], dz_xhat[at]});
-                }
-            set_sums(p, c, all);
+        for (index c = 0; c < layout.channels; ++c) p.sum_dz[c] = p.sum_dz_xhat[c] = 0;
+        for (index chunk = 0; chunk < layout.chunks; ++chunk) {
+            layout.add_columns(p.sum_dz, &dz[chunk * layout.columns]);
+            layout.add_columns(p.sum_dz_xhat, &dz_xhat[chunk * layout.columns]);
         }
+        for (index c = 0; c < layout.channels; ++c) set_sums(p, c, {p.sum_dz[c], p.sum_dz_xhat[c]});
     }
 
     template <Activation A>

@@ -107,15 +107,33 @@ struct Moments {
         return {n * size, mean, within + double(size) * between};
     }
 
+    // Adds one more set of `added` values to each of many channels, which have `before` so far: as add().
+    FLATWATER_ONE_COPY
+    static void add_to_all(double *__restrict means, double *__restrict m2s, index before,
+                           const double *__restrict added_means, const double *__restrict added_m2s, index added,
+                           index channels) {
+        const double total = double(before + added), share = double(added) / total;
+        const double between = double(before) * double(added) / total;
+        for (index c = 0; c < channels; ++c) {
+            const double delta = before ? added_means[c] - means[c] : 0;
+            const double near = before ? means[c] : added_means[c], sum = near + added_means[c];
+            means[c] = finite(delta) ? near + delta * share : sum;
+            m2s[c] = (before ? m2s[c] : 0) + added_m2s[c] + delta * delta * between;
+        }
+    }
+
     static bool finite(double value) { return value - value == 0; }
 };
+
+// The mean square of deviations below which some may have been lost below float's numbers.
+constexpr double least_square = 1e-28;
 
 // Whether squares of deviations, summed in T, were neither lost below its numbers nor beyond them. Those of a constant
 // are all 0, and so may those be that were lost: it takes a look at the values themselves.
 template <class T, class IsConstant>
 inline bool squares_are_exact(double squares, index count, const IsConstant &is_constant) {
     if (sizeof(T) == sizeof(double)) return true;
-    return squares == 0 ? is_constant() : squares > 1e-28 * double(count) && Moments::finite(squares);
+    return squares == 0 ? is_constant() : squares > least_square * double(count) && Moments::finite(squares);
 }
 
 FLATWATER_ONE_COPY

@@ -196,10 +196,14 @@ void vector_column_moments(const S *x, const Block &b, double *mean, double *m2)
         });
         each_slot<V>(b.columns, [&](index slot, index) { moments[slot].close(start, end - start); });
     }
+    bool doubtful = false;
     each_slot<V>(b.columns, [&](index slot, index j) {
+        const Wide squares = moments[slot].m2, none{};
         __builtin_memcpy(mean + j, &moments[slot].mean, sizeof(Wide));
-        __builtin_memcpy(m2 + j, &moments[slot].m2, sizeof(Wide));
+        __builtin_memcpy(m2 + j, &squares, sizeof(Wide));
+        doubtful |= any(squares <= least_square * double(b.rows)) || any(squares - squares != none);
     });
+    if (!doubtful || sizeof(T) == sizeof(double)) return;
     T several[Lanes<V>::count];  // of the columns that a look at one of them has shown as well
     index shown = 0, end = 0;
     for (index j = 0; j < b.columns; ++j) {

@@ -127,6 +127,12 @@ struct RowLayout {
     ChannelColumns columns_of(index c) const {
         return last ? ChannelColumns{c, channels, columns_each} : ChannelColumns{c * columns_each, 1, columns_each};
     }
+    // Adds what was summed in each column to the sum of its channel.
+    void add_columns(double *__restrict sums, const double *__restrict columns_sums) const {
+        const index to_next_channel = last ? 1 : columns_each, to_next = last ? channels : 1;
+        for (index i = 0; i < columns_each; ++i)
+            for (index c = 0; c < channels; ++c) sums[c] += columns_sums[c * to_next_channel + i * to_next];
+    }
     index rows_of(index chunk) const { return smaller(chunk_rows, rows - chunk * chunk_rows); }
     index tasks() const { return tiles * chunks; }
 
