@@ -56,7 +56,7 @@ class Graph:
         ends = [x * 0.5, *residuals] if self.middle is None else [self.middle(x, *residuals) * 0.5]
         paddle.autograd.backward(ends, [self.gradient] * len(ends))
         for leaf in self.leaves:
-            leaf.clear_gradient(set_to_zero=False)
+            leaf.clear_gradient(False)  # Paddle ignores set_to_zero given by name
 
 
 class Added(nn.Layer):  # type: ignore[misc] # Paddle's annotations are not read

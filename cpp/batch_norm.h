@@ -42,7 +42,7 @@ struct Batch {
     // Whether what a channel writes stays in the second-level cache beside what it reads.
     static bool outputs_fit(const Problem &p) { return !streams(p) && slab_bytes(p) <= largest_slab; }
 
-    // Calls body(first, count, later) for `count` channels as a task, `later` elements before those that come next
+    // Calls body(first, count, ahead) for `count` channels as a task, `ahead` elements before those that come next
     // (0: none do). There are enough tasks for every thread to have some.
     template <class Body>
     static void each_few_channels(const Problem &p, const Body &body) {
@@ -86,7 +86,7 @@ struct Batch {
 
     template <Activation A>
     static void piece_forward(const Problem &p) {
-        each_few_channels(p, [&](index first, index count, index later) {
+        each_few_channels(p, [&](index first, index count, index ahead) {
             const At<S> at(p, 0);
             const Pieces pieces = planes(p, first, count);
             const Blocks<S> blocks(pieces);
@@ -102,7 +102,7 @@ struct Batch {
                 p.inv_std[c] = inverse_deviation(all[k].m2, all[k].count, p.epsilon);
                 affine[k] = Affine<T>(channel_of(p, c, c));
             }
-            pieces_apply<S, A>(at, pieces, affine, streams(p), later);
+            pieces_apply<S, A>(at, pieces, affine, streams(p), ahead);
             finish_streaming();
         });
     }
@@ -144,7 +144,7 @@ struct Batch {
 
     template <Activation A>
     static void piece_backward(const Problem &p) {
-        each_few_channels(p, [&](index first, index count, index later) {
+        each_few_channels(p, [&](index first, index count, index ahead) {
             const At<S> at(p, 0);
             const S *const output = at.dx ? at.dx : at.dresidual;
             const Pieces pieces = planes(p, first, count);
@@ -154,8 +154,9 @@ struct Batch {
             GradientSums all[most_together], found[most_together];
             for (index b = 0; b < blocks.size(); ++b) {
                 const index next = blocks.to_next(b);
-                const Soon<S> soon = outputs_fit(p) ? Soon<S>{output, at.x} : Soon<S>{at.x + next, at.dy + next};
-                block_sums<S, A>(at, blocks[b], channels, soon, found);
+                const Prefetched<S> prefetched =
+                    outputs_fit(p) ? Prefetched<S>{output, at.x} : Prefetched<S>{at.x + next, at.dy + next};
+                block_sums<S, A>(at, blocks[b], channels, prefetched, found);
                 for (index k = 0; k < count; ++k) all[k].add(found[k]);
             }
             Affine<T> affine[most_together];
@@ -165,7 +166,7 @@ struct Batch {
                 affine[k] = Affine<T>(channels[k]);
                 gradients[k] = gradient_of(p, first + k);
             }
-            pieces_gradient<S, A>(at, pieces, affine, gradients, streams(p), later);
+            pieces_gradient<S, A>(at, pieces, affine, gradients, streams(p), ahead);
             finish_streaming();
         });
     }

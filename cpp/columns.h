@@ -185,7 +185,7 @@ void vector_column_moments(const S *x, const Block &b, double *mean, double *m2)
                 const V pivot = moments[slot].pivot;
                 V first{}, second{};
                 for (index k = 0; k < rows; ++k) {
-                    expect(group + k * b.stride + j + ahead);
+                    prefetch(group + k * b.stride + j + ahead);
                     const V d = fetch<S, V>(group + k * b.stride + j) - pivot;
                     first += d;
                     second += d * d;
@@ -256,7 +256,7 @@ void vector_columns_apply(const At<S> &all, const Block &b, const Columns<typena
             const AffineOf<V> f(c, b.column + j);
             for (index k = 0; k < rows; ++k) {
                 const index i = (r + k) * b.stride + j;
-                at.expect_inputs(i - ahead);
+                at.prefetch_inputs(i - ahead);
                 V z = (fetch<S, V>(at.x + i) - f.shift) * f.scale + f.offset;
                 if (at.residual) z += fetch<S, V>(at.residual + i);
                 put<S, V, streaming>(at.y + i, activate<A, V>(z));
@@ -299,7 +299,7 @@ void vector_columns_sums(const At<S> &all, const Block &b, const Columns<typenam
             const auto add = [&](index k, V &to_sum, V &to_product) {
                 const index i = (r + k) * b.stride + j;
                 V shifted;
-                at.expect_inputs(i + ahead);
+                at.prefetch_inputs(i + ahead);
                 const V dz = gradient_at<S, V, A>(at, i, f, shifted);
                 to_sum += dz;
                 to_product += dz * (shifted * unit);
@@ -337,7 +337,7 @@ void vector_columns_gradient(const At<S> &all, const Block &b, const Columns<typ
             for (index k = 0; k < rows; ++k) {
                 const index i = (r + k) * b.stride + j;
                 V shifted;
-                at.expect_inputs(i - ahead);
+                at.prefetch_inputs(i - ahead);
                 const V dz = gradient_at<S, V, A>(at, i, f, shifted);
                 if (at.dresidual) put<S, V, streaming>(at.dresidual + i, dz);
                 if (at.dx)

@@ -73,9 +73,9 @@ struct Group {
     }
 
     template <Activation A>
-    static void plane_apply(const Problem &p, index i, index statistics, index later) {
+    static void plane_apply(const Problem &p, index i, index statistics, index ahead) {
         const Affine<T> f(channel_of(p, statistics, i % p.shape.channels));
-        pieces_apply<S, A>(At<S>(p, 0), plane(p, i), &f, is_large<S>(p), later);
+        pieces_apply<S, A>(At<S>(p, 0), plane(p, i), &f, is_large<S>(p), ahead);
     }
 
     template <Activation A>
@@ -107,8 +107,8 @@ struct Group {
         // A group's planes are normalized while they are still in cache from the statistics.
         parallel_for(groups, p.shape.elements(), [&](index i) {
             set_group(p, i, group_moments(p, i));
-            const index later = i + 1 < groups ? size * p.shape.inner : 0;
-            for (index k = size - 1; k >= 0; --k) plane_apply<A>(p, i * size + k, i, later);
+            const index ahead = i + 1 < groups ? size * p.shape.inner : 0;
+            for (index k = size - 1; k >= 0; --k) plane_apply<A>(p, i * size + k, i, ahead);
             finish_streaming();
         });
     }
@@ -160,12 +160,12 @@ struct Group {
             }
             if (!p.dx && !p.dresidual) return;
             const GradientSums means = group_means(p, planes, i);
-            const index later = i + 1 < groups ? size * p.shape.inner : 0;
+            const index ahead = i + 1 < groups ? size * p.shape.inner : 0;
             for (index k = size - 1; k >= 0; --k) {
                 const Channel channel = channel_of(p, i, first + k);
                 const Affine<T> f(channel);
                 const Gradient<T> g(channel, means.dz, means.dz_xhat);
-                pieces_gradient<S, A>(at, plane(p, i * size + k), &f, &g, is_large<S>(p), later);
+                pieces_gradient<S, A>(at, plane(p, i * size + k), &f, &g, is_large<S>(p), ahead);
             }
             finish_streaming();
         });

@@ -177,9 +177,9 @@ bool is_large(const Problem &p) {
     return p.shape.elements() * index(sizeof(S)) >= streaming_bytes;
 }
 
-// Asks for the cache line of p; a hint, so p may lie outside every tensor.
+// Asks for the cache line of p: a hint, so p may lie outside every tensor.
 template <class S>
-inline void expect(const S *p) {
+inline void prefetch(const S *p) {
     __builtin_prefetch(p, 0, 3);
 }
 
@@ -204,11 +204,11 @@ struct At {
         return other;
     }
 
-    // What is read at i: wanted soon.
-    void expect_inputs(index i) const {
-        expect(x + i);
-        if (residual) expect(residual + i);
-        if (dy) expect(dy + i);
+    // What is read at i.
+    void prefetch_inputs(index i) const {
+        prefetch(x + i);
+        if (residual) prefetch(residual + i);
+        if (dy) prefetch(dy + i);
     }
 
   private:

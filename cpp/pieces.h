@@ -6,6 +6,7 @@
 #pragma once
 
 #include "activation.h"
+#include "elements.h"
 #include "layout.h"
 
 namespace flatwater::FLATWATER_ISA {
@@ -13,59 +14,6 @@ namespace flatwater::FLATWATER_ISA {
 // Values that a lane sums in its own precision. Short, for when the mean is 10^4 deviations the deviations are
 // multiples of a coarse unit, and roundings of a longer sum of squares all lean one way.
 constexpr index short_run = 8;
-
-template <class S, class V>
-inline V fetch(const S *p) {
-    if constexpr (Lanes<V>::count == 1)
-        return Element<S>::get(p);
-    else
-        return Element<S>::load(p);
-}
-
-template <class S, class V>
-inline void place(S *p, const V &value) {
-    if constexpr (Lanes<V>::count == 1)
-        Element<S>::put(p, value);
-    else
-        Element<S>::store(p, value);
-}
-
-// The lanes [from, to) of a vector whose first lane belongs at p.
-template <class S, class V>
-inline void place_lanes(S *p, const V &value, index from, index to) {
-    S line[Lanes<V>::count];
-    place<S, V>(line, value);
-    for (index i = from; i < to; ++i) p[i] = line[i];
-}
-
-// Writes past the caches: a large result is out of them anyway before somebody reads it, and a
-// plain store would first read from memory what it is going to overwrite.
-template <class S, class V>
-inline void place_streaming(S *p, const V &value) {
-    if constexpr (Lanes<V>::count == 1) {
-        Element<S>::put(p, value);
-    } else {
-        alignas(vector_bytes) S line[Element<S>::width];
-        Element<S>::store(line, value);
-#if defined(__AVX512F__)
-        if constexpr (sizeof line == 64)
-            _mm512_stream_si512(reinterpret_cast<__m512i *>(p), bit_cast<__m512i>(line));
-        else
-#endif
-#if defined(__AVX2__)
-            if constexpr (sizeof line == 32)
-            _mm256_stream_si256(reinterpret_cast<__m256i *>(p), bit_cast<__m256i>(line));
-        else
-#endif
-            __builtin_memcpy(p, line, sizeof line);
-    }
-}
-
-inline void finish_streaming() {
-#if defined(__AVX2__)
-    _mm_sfence();
-#endif
-}
 
 // dz, and on the way x - shift. F: Affine, of one channel or of a vector of them. y lies where the residual does else.
 template <class S, class V, Activation A, class F>
@@ -76,13 +24,6 @@ inline V gradient_at(const At<S> &at, index i, const F &f, V &shifted) {
     V z = shifted * f.scale + f.offset;
     if (at.residual) z += fetch<S, V>(at.residual + i);
     return activation_gradient<A, V>(z, fetch<S, V>(at.dy + i));
-}
-
-// How many elements stand before the first one at which a whole vector can be streamed.
-template <class S>
-inline index unaligned_head(const S *p) {
-    constexpr std::uintptr_t line = sizeof(S) * Element<S>::width;
-    return index((line - reinterpret_cast<std::uintptr_t>(p) % line) % line / sizeof(S));
 }
 
 // The last vector of a piece, where it is not whole: where it begins, and which of its lanes are new.
@@ -229,7 +170,7 @@ bool is_constant(const S *x, const Pieces &block) {
 // Deviations from a pivot near the block's mean: a large mean costs no precision.
 template <class S, class V>
 FLATWATER_ONE_COPY
-void vector_moments(const S *x, const Pieces &block, const S *soon, Moments *found) {
+void vector_moments(const S *x, const Pieces &block, const S *prefetched, Moments *found) {
     using T = typename Element<S>::Compute;
     using Wide = typename Lanes<V>::wide;
     T pivots[most_together], pivot{};
@@ -251,7 +192,7 @@ void vector_moments(const S *x, const Pieces &block, const S *soon, Moments *fou
             first = firsts[c], second = seconds[c];
         },
         [&]<int way>(index i) {
-            expect(soon + i);
+            prefetch(prefetched + i);
             add(way, fetch<S, V>(x + i) - pivot);
         },
         [&](index i) { add(3, rest.only_new(fetch<S, V>(x + i) - pivot)); },
@@ -270,14 +211,14 @@ void vector_moments(const S *x, const Pieces &block, const S *soon, Moments *fou
     }
 }
 
-// Of each of the block's channels. `soon` is another tensor, or another part of x, of which memory is asked for what
-// lies where the block does in x.
+// Of each of the block's channels. `prefetched` is another tensor, or another part of x, of which memory is asked for
+// what lies where the block does in x.
 template <class S>
-void block_moments(const S *x, const Pieces &block, const S *soon, Moments *found) {
+void block_moments(const S *x, const Pieces &block, const S *prefetched, Moments *found) {
     using E = Element<S>;
-    x += block.offset, soon += block.offset;
-    if (block.length < E::width) return vector_moments<S, typename E::Compute>(x, block, soon, found);
-    vector_moments<S, typename E::Vector>(x, block, soon, found);
+    x += block.offset, prefetched += block.offset;
+    if (block.length < E::width) return vector_moments<S, typename E::Compute>(x, block, prefetched, found);
+    vector_moments<S, typename E::Vector>(x, block, prefetched, found);
 }
 
 // Calls body(i) for vectors that cover a piece, each with the place for what it returns.
@@ -297,17 +238,17 @@ inline void fill_piece(S *out, index begin, index length, const Body &body) {
     }
 }
 
-// One Affine for each channel; `later` is how far from here lies what is worked on after this: 0 if nothing is.
+// One Affine for each channel; `ahead` is how far from here lies what is worked on after this: 0 if nothing is.
 template <class S, class V, Activation A, bool streaming>
 FLATWATER_ONE_COPY
 void vector_apply(const At<S> &all, const Pieces &pieces, const Affine<typename Element<S>::Compute> *affine,
-                  index later) {
+                  index ahead) {
     const At<S> at = all;  // copies: as far as the compiler knows, what it writes could change those of the caller
     const auto piece_apply = [&](index n, index c) {
         const auto f = affine[c];
         const index piece = pieces.offset + n * pieces.stride + c * pieces.length;
         fill_piece<S, V, streaming>(at.y, piece, pieces.length, [=](index i) {
-            at.expect_inputs(i + later);
+            at.prefetch_inputs(i + ahead);
             V z = (fetch<S, V>(at.x + i) - f.shift) * f.scale + f.offset;
             if (at.residual) z += fetch<S, V>(at.residual + i);
             return activate<A, V>(z);
@@ -319,29 +260,29 @@ void vector_apply(const At<S> &all, const Pieces &pieces, const Affine<typename 
 
 template <class S, Activation A>
 void pieces_apply(const At<S> &at, const Pieces &pieces, const Affine<typename Element<S>::Compute> *f, bool streaming,
-                  index later) {
+                  index ahead) {
     using E = Element<S>;
-    if (pieces.length < E::width) return vector_apply<S, typename E::Compute, A, false>(at, pieces, f, later);
-    if (streaming) return vector_apply<S, typename E::Vector, A, true>(at, pieces, f, later);
-    vector_apply<S, typename E::Vector, A, false>(at, pieces, f, later);
+    if (pieces.length < E::width) return vector_apply<S, typename E::Compute, A, false>(at, pieces, f, ahead);
+    if (streaming) return vector_apply<S, typename E::Vector, A, true>(at, pieces, f, ahead);
+    vector_apply<S, typename E::Vector, A, false>(at, pieces, f, ahead);
 }
 
 // What a loop asks memory for besides what it reads: two tensors, or other parts of those that it reads.
 template <class S>
-struct Soon {
+struct Prefetched {
     const S *first, *second;
 
-    Soon plus(index offset) const { return {first + offset, second + offset}; }
-    void expect(index i) const {
-        flatwater::FLATWATER_ISA::expect(first + i);
-        flatwater::FLATWATER_ISA::expect(second + i);
+    Prefetched plus(index offset) const { return {first + offset, second + offset}; }
+    void prefetch(index i) const {
+        flatwater::FLATWATER_ISA::prefetch(first + i);
+        flatwater::FLATWATER_ISA::prefetch(second + i);
     }
 };
 
 // Σdz and Σdz·(x - shift)·unit of each of a block's channels.
 template <class S, class V, Activation A>
 FLATWATER_ONE_COPY
-void vector_sums(const At<S> &all, const Pieces &block, const Channel *channels, const Soon<S> &wanted,
+void vector_sums(const At<S> &all, const Pieces &block, const Channel *channels, const Prefetched<S> &asked,
                  GradientSums *found) {
     using T = typename Element<S>::Compute;
     Affine<T> affine[most_together], f;
@@ -354,7 +295,7 @@ void vector_sums(const At<S> &all, const Pieces &block, const Channel *channels,
     }
     const Rest<V> rest(block.length);
     const At<S> at = all.plus(block.offset);
-    const Soon<S> soon = wanted.plus(block.offset);
+    const Prefetched<S> prefetched = asked.plus(block.offset);
     V sum[4] = {}, product[4] = {};
     in_short_runs<V>(
         block, rest,
@@ -364,7 +305,7 @@ void vector_sums(const At<S> &all, const Pieces &block, const Channel *channels,
             dz_sum = dz_sums[c], dz_xhat_sum = dz_xhat_sums[c];
         },
         [&]<int way>(index i) {
-            soon.expect(i);
+            prefetched.prefetch(i);
             V shifted;
             const V dz = gradient_at<S, V, A>(at, i, f, shifted);
             sum[way] += dz;
@@ -386,25 +327,25 @@ void vector_sums(const At<S> &all, const Pieces &block, const Channel *channels,
 }
 
 template <class S, Activation A>
-void block_sums(const At<S> &at, const Pieces &block, const Channel *channels, const Soon<S> &soon,
+void block_sums(const At<S> &at, const Pieces &block, const Channel *channels, const Prefetched<S> &prefetched,
                 GradientSums *found) {
     using E = Element<S>;
     if (block.length < E::width)
-        return vector_sums<S, typename E::Compute, A>(at, block, channels, soon, found);
-    vector_sums<S, typename E::Vector, A>(at, block, channels, soon, found);
+        return vector_sums<S, typename E::Compute, A>(at, block, channels, prefetched, found);
+    vector_sums<S, typename E::Vector, A>(at, block, channels, prefetched, found);
 }
 
 template <class S, class V, Activation A, bool streaming>
 FLATWATER_ONE_COPY
 void vector_gradient(const At<S> &all, const Pieces &pieces, const Affine<typename Element<S>::Compute> *affine,
-                     const Gradient<typename Element<S>::Compute> *gradients, index later) {
+                     const Gradient<typename Element<S>::Compute> *gradients, index ahead) {
     const At<S> at = all;
     const auto piece_gradient = [&](index n, index c) {
         const auto f = affine[c];
         const auto g = gradients[c];
         const index piece = pieces.offset + n * pieces.stride + c * pieces.length;
         const auto gradient = [=](index i, V &shifted) {
-            at.expect_inputs(i + later);
+            at.prefetch_inputs(i + ahead);
             return gradient_at<S, V, A>(at, i, f, shifted);
         };
         if (!at.dx) {
@@ -427,11 +368,11 @@ void vector_gradient(const At<S> &all, const Pieces &pieces, const Affine<typena
 
 template <class S, Activation A>
 void pieces_gradient(const At<S> &at, const Pieces &pieces, const Affine<typename Element<S>::Compute> *f,
-                     const Gradient<typename Element<S>::Compute> *g, bool streaming, index later) {
+                     const Gradient<typename Element<S>::Compute> *g, bool streaming, index ahead) {
     using E = Element<S>;
-    if (pieces.length < E::width) return vector_gradient<S, typename E::Compute, A, false>(at, pieces, f, g, later);
-    if (streaming) return vector_gradient<S, typename E::Vector, A, true>(at, pieces, f, g, later);
-    vector_gradient<S, typename E::Vector, A, false>(at, pieces, f, g, later);
+    if (pieces.length < E::width) return vector_gradient<S, typename E::Compute, A, false>(at, pieces, f, g, ahead);
+    if (streaming) return vector_gradient<S, typename E::Vector, A, true>(at, pieces, f, g, ahead);
+    vector_gradient<S, typename E::Vector, A, false>(at, pieces, f, g, ahead);
 }
 
 }  // namespace flatwater::FLATWATER_ISA
