@@ -18,7 +18,8 @@ The backward pass reads x, and with a residual under ``relu``, ``relu6`` or ``le
 Paddle's own layers.
 
 Modes: in ``train()`` on the CPU the kernels compute, in dynamic mode; in ``eval()``, in captured
-graphs and on other devices Paddle's own operators do, with the same results.
+graphs and on other devices Paddle's own operators do, with the same results; but Paddle's ReLU makes 0 of NaN, which
+the kernels' lets through.
 :func:`~flatwater.paddle.backend_of` says which.
 """
 
