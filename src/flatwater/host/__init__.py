@@ -7,7 +7,7 @@ a process starts or first uses a library, so their place is the environment of t
   pages. Raising its thresholds keeps activations in the process.
 * **Threads**: one OpenMP thread per processor this process may use, which inside a container with a CPU limit is less
   than the machine has; one per core where processors share cores (hyper-threading). Left alone, Paddle takes one, and
-  Flatwater's kernels as many as there are processors, whatever the limit.
+  Flatwater's kernels one per processor within that limit.
 * **MKL on AMD**: the MKL inside Paddle's CPU wheel takes a slow path on processors that are not Intel's, unless it is
   told which one to take: that of AVX-512 where the processor has it, else that of AVX2.
 
