@@ -12,7 +12,8 @@ struct Channel {
 
 // z = (x - shift)·scale + offset. The mean is split: `shift` is its value in the precision of the
 // elements, so that x - shift is exact where it matters, and the rest of it goes into `offset`. All of it goes there
-// if it is less than a sixteenth of a deviation: to subtract it from every element would cost a rounding and save little.
+// if it is less than a sixteenth of a deviation: to subtract it from every element would cost a rounding, and save
+// little.
 template <class T>
 struct Affine {
     T shift, scale, offset;
@@ -74,21 +75,36 @@ struct Gradient {
                    (Affine<T>::rest(channel) * channel.inv_std * mean_dz_xhat - mean_dz))) {}
 };
 
-// Mean and m2 = Σ(x - mean)² of a set of values; two sets combine exactly (Chan, Golub, LeVeque 1983).
+// How mean and m2 = Σ(x - mean)² of two sets of so many values become those of their union (Chan, Golub, LeVeque
+// 1983). V: double, or a vector of them, for as many pairs of sets.
+struct Union {
+    double share, between;
+
+    Union(index count, index added)
+        : share(double(added) / double(count + added)),
+          between(double(count) * double(added) / double(count + added)) {}
+
+    template <class V>
+    void add(V &mean, V &m2, const V &added_mean, const V &added_m2) const {
+        const V delta = added_mean - mean;
+        // An infinite mean stays infinite, as a sum would have it, instead of becoming ∞ - ∞.
+        mean = delta - delta == 0.0 ? mean + delta * share : mean + added_mean;
+        m2 += added_m2 + delta * delta * between;
+    }
+};
+
+// Mean and m2 of a set of values.
 struct Moments {
     index count = 0;
     double mean = 0, m2 = 0;
 
     void add(const Moments &other) {
         if (other.count == 0) return;
-        const double total = double(count + other.count), delta = other.mean - mean;
         if (count == 0) {
             *this = other;
             return;
         }
-        // An infinite mean stays infinite, as a sum would have it, instead of becoming ∞ - ∞.
-        mean = finite(delta) ? mean + delta * (double(other.count) / total) : mean + other.mean;
-        m2 += other.m2 + delta * delta * (double(count) * double(other.count) / total);
+        Union(count, other.count).add(mean, m2, other.mean, other.m2);
         count += other.count;
     }
 
@@ -107,19 +123,17 @@ struct Moments {
         return {n * size, mean, within + double(size) * between};
     }
 
-    // Adds one more set of `added` values to each of many channels, which have `before` so far: as add().
+    // Adds one more set of `added` values to each of many channels, which have `before` so far.
     FLATWATER_ONE_COPY
     static void add_to_all(double *__restrict means, double *__restrict m2s, index before,
                            const double *__restrict added_means, const double *__restrict added_m2s, index added,
                            index channels) {
-        const double total = double(before + added), share = double(added) / total;
-        const double between = double(before) * double(added) / total;
-        for (index c = 0; c < channels; ++c) {
-            const double delta = before ? added_means[c] - means[c] : 0;
-            const double near = before ? means[c] : added_means[c], sum = near + added_means[c];
-            means[c] = finite(delta) ? near + delta * share : sum;
-            m2s[c] = (before ? m2s[c] : 0) + added_m2s[c] + delta * delta * between;
+        if (before == 0) {
+            for (index c = 0; c < channels; ++c) means[c] = added_means[c], m2s[c] = added_m2s[c];
+            return;
         }
+        const Union both(before, added);
+        for (index c = 0; c < channels; ++c) both.add(means[c], m2s[c], added_means[c], added_m2s[c]);
     }
 
     static bool finite(double value) { return value - value == 0; }

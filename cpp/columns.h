@@ -108,20 +108,15 @@ struct ColumnMoments {
     Wide first, second;  // Σ(x - pivot), Σ(x - pivot)² since the pivot moved
     Wide mean, m2;       // of all rows before that
 
-    // Combines the rows since the pivot moved with those before, as Moments::add does.
+    // Combines the rows since the pivot moved with those before.
     void close(index before, index rows) {
         const Wide mean_rows = widen_lanes(pivot) + first * (1 / double(rows));
         const Wide squares = second - first * first * (1 / double(rows));
         const Wide m2_rows = squares < 0.0 ? Wide{} : squares;
-        if (before == 0) {
-            mean = mean_rows;
-            m2 = m2_rows;
-        } else {
-            const double total = double(before + rows);
-            const Wide delta = mean_rows - mean;
-            mean = delta - delta == 0.0 ? mean + delta * (double(rows) / total) : mean + mean_rows;
-            m2 += m2_rows + delta * delta * (double(before) * double(rows) / total);
-        }
+        if (before == 0)
+            mean = mean_rows, m2 = m2_rows;
+        else
+            Union(before, rows).add(mean, m2, mean_rows, m2_rows);
         // As block_pivot: a mean that is lost in the deviations is not worth subtracting; nor is infinity.
         const Wide next = mean_rows * mean_rows * double(rows) > m2_rows ? mean_rows : Wide{};
         pivot = narrow_lanes<V>(mean_rows - mean_rows == 0.0 ? next : Wide{});

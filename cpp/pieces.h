@@ -35,8 +35,9 @@ struct Rest {
     Bits keep;
 
     explicit Rest(index length) : at(length - Lanes<V>::count), any(length % Lanes<V>::count != 0), keep{} {
-        if constexpr (Lanes<V>::count > 1)
-            for (index i = 0; i < Lanes<V>::count; ++i) keep[i] = i < Lanes<V>::count - length % Lanes<V>::count ? 0 : -1;
+        constexpr index width = Lanes<V>::count;
+        if constexpr (width > 1)
+            for (index i = 0; i < width; ++i) keep[i] = i < width - length % width ? 0 : -1;
     }
     V only_new(const V &v) const { return bit_cast<V>(Bits(bit_cast<Bits>(v) & keep)); }
 };
@@ -63,10 +64,10 @@ struct Deviations {
     double sum, squares;  // Σ(x - pivot) and Σ(x - pivot)²
 };
 
-// The mean of a block's first sixteenth as its elements' own precision has it; 0 where there is no such number, and where
-// the sixteenth's lanes differ by more than it: then it brings the elements no nearer to 0, but costs each a rounding,
-// and may be that of an outlier. Were those elements far from the block's mean, then by a distance that is itself part
-// of m2: at most by 4 deviations.
+// The mean of a block's first sixteenth as its elements' own precision has it; 0 where there is no such number, and
+// where the sixteenth's lanes differ by more than it: then it brings the elements no nearer to 0, but costs each a
+// rounding, and may be that of an outlier. Were those elements far from the block's mean, then by a distance that is
+// itself part of m2: at most by 4 deviations.
 template <class S, class V>
 typename Element<S>::Compute block_pivot(const S *x, const Pieces &block) {
     using T = typename Element<S>::Compute;
@@ -84,8 +85,8 @@ typename Element<S>::Compute block_pivot(const S *x, const Pieces &block) {
     return pivot - pivot == 0 && __builtin_fabs(double(pivot)) > spread_of_lanes<V>(sum) / each ? pivot : T(0);
 }
 
-// Calls begin(c) and end(c) around what is done for channel c, body<way>(i) for the whole vectors of its pieces, four ways
-// in turn, last(i) for those that are not whole, which go the last way, and flush() before the sums of any way are
+// Calls begin(c) and end(c) around what is done for channel c, body<way>(i) for the whole vectors of its pieces, four
+// ways in turn, last(i) for those that are not whole, which go the last way, and flush() before the sums of any way are
 // longer than a short run. i counts from the first piece. Of short pieces, all channels of a few samples come first.
 template <class V, class Begin, class Body, class Last, class Flush, class End>
 inline void in_short_runs(const Pieces &block, const Rest<V> &rest, const Begin &begin, const Body &body,
@@ -195,7 +196,10 @@ void vector_moments(const S *x, const Pieces &block, const S *prefetched, Moment
             prefetch(prefetched + i);
             add(way, fetch<S, V>(x + i) - pivot);
         },
-        [&](index i) { add(3, rest.only_new(fetch<S, V>(x + i) - pivot)); },
+        [&](index i) {
+            prefetch(prefetched + i + Lanes<V>::count - 1);
+            add(3, rest.only_new(fetch<S, V>(x + i) - pivot));
+        },
         [&] {
             move_into<V>(first, run_first);
             move_into<V>(second, run_second);
@@ -247,6 +251,7 @@ void vector_apply(const At<S> &all, const Pieces &pieces, const Affine<typename 
     const auto piece_apply = [&](index n, index c) {
         const auto f = affine[c];
         const index piece = pieces.offset + n * pieces.stride + c * pieces.length;
+        at.prefetch_inputs(piece + pieces.length - 1 + ahead);  // its line is begun by no vector
         fill_piece<S, V, streaming>(at.y, piece, pieces.length, [=](index i) {
             at.prefetch_inputs(i + ahead);
             V z = (fetch<S, V>(at.x + i) - f.shift) * f.scale + f.offset;
@@ -312,6 +317,7 @@ void vector_sums(const At<S> &all, const Pieces &block, const Channel *channels,
             product[way] += dz * (shifted * unit);
         },
         [&](index i) {
+            prefetched.prefetch(i + Lanes<V>::count - 1);
             V shifted;
             const V dz = gradient_at<S, V, A>(at, i, f, shifted);
             sum[3] += rest.only_new(dz);
@@ -344,6 +350,7 @@ void vector_gradient(const At<S> &all, const Pieces &pieces, const Affine<typena
         const auto f = affine[c];
         const auto g = gradients[c];
         const index piece = pieces.offset + n * pieces.stride + c * pieces.length;
+        at.prefetch_inputs(piece + pieces.length - 1 + ahead);
         const auto gradient = [=](index i, V &shifted) {
             at.prefetch_inputs(i + ahead);
             return gradient_at<S, V, A>(at, i, f, shifted);

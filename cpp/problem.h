@@ -22,8 +22,8 @@ struct Shape {
 // not use are null. Statistics and sums are double whatever the tensors are:
 //     batch norm  mean, m2, inv_std, sum_dz, sum_dz_xhat [channels]
 //     group norm  mean, m2, inv_std [outer * groups], sum_dz, sum_dz_xhat [channels]
-// with m2 = Σ(x - mean)², z = γ·x̂ + β + residual, y = act(z), dz = dy·act'(z). A backward call of relu, relu6 or
-// leaky_relu that has y takes act'(z) from it, and reads no residual.
+// with m2 = Σ(x - mean)², z = γ·x̂ + β + residual, y = act(z), dz = dy·act'(z). A backward call of relu, relu6
+// or leaky_relu that has y takes act'(z) from it, and reads no residual.
 struct Problem {
     DType dtype;
     Shape shape;

@@ -104,28 +104,9 @@ inline bool any(const Mask &mask) {
     return __builtin_memcmp(&mask, &none, sizeof none) != 0;
 }
 
-// Of as many doubles as there are lanes, in a tree: the same bits for the same vector.
-template <class Wide>
-inline double sum_of_doubles(const Wide &v) {
-    if constexpr (sizeof v == sizeof(double)) {
-        return bit_cast<double>(v);
-    } else {
-        struct Halves {
-            typename VectorOf<double, sizeof(Wide) / 2>::type low, high;
-        };
-        const auto halves = bit_cast<Halves>(v);
-        return sum_of_doubles(halves.low + halves.high);
-    }
-}
-
-template <class V>
-inline double sum_of_lanes(const V &v) {
-    return sum_of_doubles(widen_lanes(v));
-}
-
-// The lane that a comparison of two vectors, chosen(a, b), leaves of all; in a tree.
-template <class T, class V, class Chosen>
-inline T chosen_lane(const V &v, const Chosen &chosen) {
+// The lanes of v, of type T, by an operation on two vectors or two lanes; in a tree: the same bits for the same vector.
+template <class T, class V, class Operation>
+inline T fold_lanes(const V &v, const Operation &operation) {
     if constexpr (sizeof v == sizeof(T)) {
         return bit_cast<T>(v);
     } else {
@@ -133,16 +114,26 @@ inline T chosen_lane(const V &v, const Chosen &chosen) {
             typename VectorOf<T, sizeof(V) / 2>::type low, high;
         };
         const auto halves = bit_cast<Halves>(v);
-        return chosen_lane<T>(chosen(halves.low, halves.high), chosen);
+        return fold_lanes<T>(operation(halves.low, halves.high), operation);
     }
+}
+
+template <class Wide>
+inline double sum_of_doubles(const Wide &v) {
+    return fold_lanes<double>(v, [](const auto &a, const auto &b) { return a + b; });
+}
+
+template <class V>
+inline double sum_of_lanes(const V &v) {
+    return sum_of_doubles(widen_lanes(v));
 }
 
 // How far the smallest lane and the largest are apart.
 template <class V>
 inline double spread_of_lanes(const V &v) {
     using T = typename Lanes<V>::scalar;
-    return double(chosen_lane<T>(v, [](const auto &a, const auto &b) { return a > b ? a : b; })) -
-           double(chosen_lane<T>(v, [](const auto &a, const auto &b) { return a < b ? a : b; }));
+    return double(fold_lanes<T>(v, [](const auto &a, const auto &b) { return a > b ? a : b; })) -
+           double(fold_lanes<T>(v, [](const auto &a, const auto &b) { return a < b ? a : b; }));
 }
 
 // exp(x) for |x| <= 87 (float) or 700 (double), to within 2 ulp: x = n·ln 2 + r, Taylor in r.

@@ -209,6 +209,11 @@ def test_what_is_filled_lies_apart_from_parameters_and_statistics() -> None:
         group_backward(sum_dz=values[:C], sum_dz_xhat=values[1 : C + 1])
     with pytest.raises(InputError, match="inv_std and sum_dz share"):
         backward(inv_std=values[:C], sum_dz=values[C - 1 : -1])
+    moving = kernels.Vector.from_numpy(values)._replace(size=C)
+    with pytest.raises(InputError, match="running_mean and running_variance share"):
+        running(running_mean=moving, running_variance=moving._replace(pointer=moving.pointer + 8))
+    with pytest.raises(InputError, match=r"running_mean and m2 share|m2 and running_mean share"):
+        running(running_mean=moving, running_variance=vector(dtype=np.float64), m2=values[:C])
 
 
 def test_what_is_only_read_may_share_memory() -> None:

@@ -143,9 +143,9 @@ BEGIN = "kernels.begin((2, 3, 4), 'float32', channels_last=False, activation='no
 )
 def test_no_more_threads_than_control_groups_let_run(before: str, asked: str, threads: str, first: str) -> None:
     code = f"""
-from flatwater.host import Host
+from flatwater import host
 from flatwater.kernels import _cpu
-Host.look = lambda: Host(processors=2)
+host.usable_processors = lambda: 2
 {before}
 {first}
 print(kernels.threads())
@@ -156,8 +156,13 @@ print(kernels.threads())
 
 
 def test_what_was_set_before_the_first_call_stays() -> None:
-    code = "from flatwater.host import Host\nHost.look = lambda: Host(processors=2)\nkernels.set_threads(5)\nbits()\n"
+    code = "from flatwater import host\nhost.usable_processors = lambda: 2\nkernels.set_threads(5)\nbits()\n"
     assert run(code + "print(kernels.threads())") == ["5"]
+
+
+def test_how_many_ranks_there_are_is_not_the_kernels_business() -> None:
+    code = f"from flatwater.kernels import _cpu\n{FOUR}\nprint(kernels.threads() > 0)"
+    assert run(code, OMP_NUM_THREADS="4", PADDLE_LOCAL_SIZE="odd") == ["True"]
 
 
 @PROC

@@ -15,7 +15,7 @@ a process starts or first uses a library, so their place is the environment of t
 :func:`tune` does, in a process that runs already, what can still be done. What the user has set is never changed.
 """
 
-from flatwater.host.facts import Host
+from flatwater.host.facts import Host, usable_processors
 from flatwater.host.settings import Decision, Setting, State, decisions, launch, missing, present, settings, standing
 from flatwater.host.tune import Effect, tune
 
@@ -32,4 +32,5 @@ __all__ = [
     "settings",
     "standing",
     "tune",
+    "usable_processors",
 ]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from flatwater.errors import ConfigError
 
-__all__ = ["Host", "allocator", "libc", "old_mkl"]
+__all__ = ["Host", "allocator", "libc", "old_mkl", "usable_processors"]
 
 # What a processor must have for the kernels of that name, by its flags in /proc/cpuinfo; the best first.
 _INSTRUCTIONS = {
@@ -63,13 +63,12 @@ class Host:
             ConfigError: PADDLE_LOCAL_SIZE in ``environment`` is no number of processes.
         """
         cpuinfo = _text(root / "proc/cpuinfo")
-        affinity = getattr(os, "sched_getaffinity", None)
-        bound = frozenset(affinity(0)) if affinity else frozenset(range(os.cpu_count() or 1))
+        bound = _bound()
         name, version = libc(root)
         return cls(
             vendor=_field(cpuinfo, "vendor_id"),
             isa=_isa(_field(cpuinfo, "flags")),
-            processors=min([len(bound), *_cpu_limits(root)]),
+            processors=usable_processors(root),
             bound_to=len(bound),
             cores=_cores(root, bound),
             memory=min([limit for limit in (_memory_total(root), *_memory_limits(root)) if limit], default=0),
@@ -80,6 +79,11 @@ class Host:
             mkl=old_mkl(),
             ranks=_ranks(environment),
         )
+
+
+def usable_processors(root: Path = Path("/")) -> int:
+    """How many processors this process may use: those it is bound to, within the limits of its control groups."""
+    return min([len(_bound()), *_cpu_limits(root)])
 
 
 def libc(root: Path) -> tuple[str, str]:
@@ -115,6 +119,11 @@ def old_mkl() -> str:
 
 def _isa(flags: str) -> str:
     return next((name for name, needed in _INSTRUCTIONS.items() if needed <= set(flags.split())), "")
+
+
+def _bound() -> frozenset[int]:
+    affinity = getattr(os, "sched_getaffinity", None)
+    return frozenset(affinity(0)) if affinity else frozenset(range(os.cpu_count() or 1))
 
 
 def _chosen(alternatives: str) -> str:

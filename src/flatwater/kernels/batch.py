@@ -22,8 +22,17 @@ from __future__ import annotations
 
 from flatwater.errors import InputError
 from flatwater.kernels import _cpu
-from flatwater.kernels.buffer import Buffer, Vector
-from flatwater.kernels.launch import Statistics, check_slope, check_statistics, check_writable, doubles, prepare, run
+from flatwater.kernels.buffer import WIDTHS, Buffer, Vector
+from flatwater.kernels.launch import (
+    Statistics,
+    check_apart,
+    check_slope,
+    check_statistics,
+    check_writable,
+    doubles,
+    prepare,
+    run,
+)
 from flatwater.spec import Activation
 
 __all__ = [
@@ -190,12 +199,16 @@ def update_running(
             f"running statistics of {size} {running_mean.dtype} and {running_variance.size} {running_variance.dtype} "
             "values; give one value per channel, of one dtype"
         )
+    found = doubles(mean, size, "mean"), doubles(m2, size, "m2")
+    vectors = {"running_mean": running_mean, "running_variance": running_variance}
+    places = [(at.pointer, at.pointer + size * WIDTHS[at.dtype], name) for name, at in vectors.items()]
+    places += [(at, at + 8 * size, name) for at, name in zip(found, ("mean", "m2"), strict=True)]
+    check_apart(places, vectors.keys())
     _cpu.update_running(
         running_mean.pointer,
         running_variance.pointer,
         running_mean.dtype == "float64",
-        doubles(mean, size, "mean"),
-        doubles(m2, size, "m2"),
+        *found,
         size,
         count,
         momentum,

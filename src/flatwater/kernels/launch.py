@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterable, Set
 from functools import cache
 from math import prod
 
@@ -21,6 +21,7 @@ __all__ = [
     "Call",
     "Statistics",
     "available",
+    "check_apart",
     "check_groups",
     "check_slope",
     "check_statistics",
@@ -133,7 +134,7 @@ def _limit_threads() -> None:
     # Paddle sets OMP_NUM_THREADS=1 where nobody has set anything, after OpenMP has read it: so what stands there
     # counts if OpenMP agrees.
     if own > 1 and os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip() != str(own):
-        _cpu.set_threads(min(own, host.Host.look().processors))
+        _cpu.set_threads(min(own, host.usable_processors()))
 
 
 def prepare(
@@ -232,7 +233,7 @@ def run(kernel: Callable[[_cpu.Call], None], call: Call, x: Buffer, **filled: St
     for name, array in filled.items():
         if not array.flags.writeable:
             raise InputError(f"{name} is a read-only array of {array.size} values, but is to be filled; pass a copy")
-    _check_apart(call, call.filled | filled.keys())
+    check_apart(call.places, call.filled | filled.keys())
     if 0 not in x.shape:
         kernel(call)
         return
@@ -244,11 +245,16 @@ def run(kernel: Callable[[_cpu.Call], None], call: Call, x: Buffer, **filled: St
             array.fill(1 / np.sqrt(np.float64(call.epsilon)))
 
 
-def _check_apart(call: Call, written: Set[str]) -> None:
-    """Raise InputError where something that is written lies where something else of the call does."""
+def check_apart(places: Iterable[tuple[int, int, str]], written: Set[str]) -> None:
+    """Raise InputError where something that is written lies where something else does.
+
+    Args:
+        places: (begin, end, name) of each, as in :class:`Call`.
+        written: the names of those that are.
+    """
     all_end = written_end = 0  # of those that begin earlier, where the one that ends last ends; and its name
     all_last = written_last = ""
-    for begin, end, name in sorted(call.places):
+    for begin, end, name in sorted(places):
         if begin == end:
             continue
         if begin < (all_end if name in written else written_end):

@@ -8,27 +8,51 @@ was left out, or Paddle raises. So a gradient penalty, which asks for the image'
 
 from __future__ import annotations
 
+import ctypes
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from functools import cache
 from types import FrameType
 from typing import Any
 
 import paddle
 
-__all__ = ["asked_for"]
+__all__ = ["leads_to", "node_of", "targets_of_paddle_grad"]
 
 
-def asked_for(tensors: list[paddle.Tensor | None]) -> list[bool]:
-    """For each tensor that a running backward pass has come to: whether its gradient leads anywhere.
+def node_of(tensor: paddle.Tensor) -> Any:
+    """The node of the graph that this tensor comes from, or that a leaf's gradient goes to; None if there is none.
 
-    Always true in ``loss.backward()``. In ``paddle.grad`` true for what was asked for, and for
-    whatever was computed from that.
+    What ``tensor.grad_fn`` returns, but Paddle (3.3) counts a reference too many there, so that neither the node nor
+    what it keeps would ever be freed. That one is given back here.
     """
+    node = tensor.grad_fn
+    if node is not None and _counts_too_many():
+        _release(node)
+    return node
+
+
+def targets_of_paddle_grad() -> Collection[Any] | None:
+    """What the running ``paddle.grad`` was asked for, as :func:`leads_to` takes it; None if none is running."""
     inputs = _inputs_of_paddle_grad()
     if inputs is None:
-        return [True] * len(tensors)
-    targets = {_identity(tensor.grad_fn) for tensor in inputs if tensor.grad_fn is not None}
-    return [tensor is not None and _leads_to(tensor.grad_fn, targets) for tensor in tensors]
+        return None
+    return {_identity(node) for node in map(node_of, inputs) if node is not None}
+
+
+def leads_to(node: Any, targets: Collection[Any]) -> bool:
+    """Whether a gradient that comes to ``node`` goes on to one of the targets: the node itself, or one before it."""
+    seen: set[Any] = set()
+    waiting = [node]
+    while waiting:
+        node = waiting.pop()
+        if node is None or _identity(node) in seen:
+            continue
+        if _identity(node) in targets:
+            return True
+        seen.add(_identity(node))
+        waiting.extend(node.next_functions)
+    return False
 
 
 def _inputs_of_paddle_grad() -> list[paddle.Tensor] | None:
@@ -43,20 +67,21 @@ def _inputs_of_paddle_grad() -> list[paddle.Tensor] | None:
     return None
 
 
-def _leads_to(node: Any, targets: set[Any]) -> bool:
-    seen: set[Any] = set()
-    waiting = [node]
-    while waiting:
-        node = waiting.pop()
-        if node is None or _identity(node) in seen:
-            continue
-        if _identity(node) in targets:
-            return True
-        seen.add(_identity(node))
-        waiting.extend(node.next_functions)
-    return False
-
-
 def _identity(node: Any) -> Any:
-    """The same for two handles of one node, which are different Python objects."""
+    """The same for two handles of one node, should they be different Python objects."""
     return node.node_ptr()
+
+
+_release = ctypes.PYFUNCTYPE(None, ctypes.py_object)(("Py_DecRef", ctypes.pythonapi))
+
+
+@cache
+def _counts_too_many() -> bool:
+    """Whether ``grad_fn`` raises the count of references by more than the one that it returns."""
+    with paddle.enable_grad():
+        leaf = paddle.zeros([1])
+        leaf.stop_gradient = False
+        node = leaf.grad_fn
+        before = sys.getrefcount(node)
+        again = leaf.grad_fn
+        return again is node and sys.getrefcount(node) - before > 1

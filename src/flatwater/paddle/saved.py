@@ -20,10 +20,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import paddle
-from paddle import _C_ops
 
 from flatwater.errors import InputError
-from flatwater.paddle.pruning import asked_for
+from flatwater.paddle.pruning import leads_to, node_of, targets_of_paddle_grad
 from flatwater.spec import SLOPE_IN_OUTPUT, Activation
 
 __all__ = ["Saved", "recall", "save", "wanted"]
@@ -48,10 +47,10 @@ def save(ctx: Any, inputs: Sequence[paddle.Tensor | None], y: paddle.Tensor, act
     ctx.given = [tensor is not None for tensor in inputs]
     # Asked now: a tensor that comes back from a hook (recompute, offloading) has forgotten it.
     ctx.needed = [tensor is not None and not tensor.stop_gradient for tensor in inputs]
-    ctx.residual_place = None
+    ctx.residual_node = None
     kept = Saved(x, weight, bias, None, None)
     if residual is not None and activation in SLOPE_IN_OUTPUT:
-        ctx.residual_place = _place_in_graph(residual)
+        ctx.residual_node = node_of(residual)
         if activation != "none":
             # A tensor of the same memory: y itself leads to the graph, and that to ctx, and none would ever be freed.
             kept = kept._replace(y=y.detach())
@@ -86,22 +85,17 @@ def recall(ctx: Any, *, parameters: bool) -> Saved:
 
 
 def wanted(ctx: Any) -> list[bool]:
-    """Which of the gradients for x, γ, β and the residual the running backward pass has a use for."""
-    # What a hook has made anew knows nothing of the graph: asked is the tensor of the forward pass, if it still exists.
-    *places, residual, _ = (None if version is None else version[0]() for version in ctx.versions)
-    places.append(residual if ctx.residual_place is None else ctx.residual_place)
-    each = zip(ctx.needed, places, asked_for(places), strict=True)
-    return [need and (asked or place is None) for need, place, asked in each]
+    """Which of the gradients for x, γ, β and the residual the running backward pass has a use for.
 
-
-def _place_in_graph(tensor: paddle.Tensor) -> paddle.Tensor | None:
-    """A tensor without memory that was computed from this one, for :func:`asked_for` to begin at when this one is gone.
-
-    ``tensor.grad_fn`` would do, but Paddle (3.3) never again lets go of a node that was looked at so.
+    All that are needed in ``loss.backward()``; in ``paddle.grad`` those for what was asked for, and for whatever was
+    computed from that.
     """
-    if tensor.stop_gradient:
-        return None
-    with paddle.enable_grad():
-        view = _C_ops.unsqueeze(tensor, [0])
-    view._clear_data()
-    return view
+    needed: list[bool] = ctx.needed
+    targets = targets_of_paddle_grad()
+    if targets is None:
+        return needed
+    # What a hook has made anew knows nothing of the graph: asked is the tensor of the forward pass, if it still exists.
+    *tensors, _ = (None if version is None else version[0]() for version in ctx.versions)
+    nodes = [None if tensor is None else node_of(tensor) for tensor in tensors]
+    nodes[-1] = ctx.residual_node or nodes[-1]
+    return [need and (node is None or leads_to(node, targets)) for need, node in zip(needed, nodes, strict=True)]

@@ -9,6 +9,7 @@ from typing import Any
 import paddle
 
 from flatwater.errors import SurgeryError
+from flatwater.paddle.pruning import node_of
 from flatwater.paddle.running import Inputs, evaluating, fixed_randomness, flatten, map_tensors
 from flatwater.verify import one_line
 
@@ -37,8 +38,8 @@ def block_ends(model: paddle.nn.Layer, norms: Mapping[str, Any], inputs: Inputs)
         def note(_: paddle.nn.Layer, args: tuple[Any, ...], output: Any) -> None:
             if len(args) > 1 and isinstance(args[1], paddle.Tensor):
                 ends.add(path)
-            elif output.grad_fn is not None:
-                writers[output.grad_fn] = path
+            elif (node := node_of(output)) is not None:
+                writers[node] = path
 
         return note
 
@@ -54,7 +55,7 @@ def block_ends(model: paddle.nn.Layer, norms: Mapping[str, Any], inputs: Inputs)
                 f"{type(model).__name__} does not run on the inputs: {one_line(error)}; "
                 "give what you would call it with"
             ) from error
-    return ends | _block_ends([tensor.grad_fn for tensor in outputs], writers)
+    return ends | _block_ends([node_of(tensor) for tensor in outputs], writers)
 
 
 def _traced(tensor: paddle.Tensor) -> paddle.Tensor:
