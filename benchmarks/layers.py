@@ -15,8 +15,9 @@ onednn            the same on ``to_mkldnn()`` tensors, the one road to oneDNN's 
 ================  ======================================================================================
 
 Paddle and PyTorch run in processes of their own, one pair for each environment (:mod:`benchmarks.worker`), and all take
-their turns in the same rounds. The processes are new for each tensor: after larger ones, the heap that an allocator was
-told to keep is another, and the same step was seen to take up to twice as long.
+their turns in the same rounds. The processes are new for each tensor, and their heaps have settled before anything is
+timed: after larger tensors the heap that an allocator was told to keep is another, and while it grows a step pays for
+fresh memory.
 """
 
 from __future__ import annotations

@@ -15,14 +15,12 @@ from typing import Any
 
 from benchmarks import machine
 from benchmarks.shapes import Case
+from benchmarks.timing import FEW_FAULTS
 from benchmarks.worker import Worker
 
-__all__ = ["FEW_FAULTS", "Faults", "Peak", "measure"]
+__all__ = ["Faults", "Peak", "measure"]
 
-WARM_STEPS, STEPS = 12, 10
-
-FEW_FAULTS = 8
-"""Page faults per step that count as none: 4 KiB each, where a tensor of 25 MB has six thousand."""
+WARM_STEPS, STEPS = 30, 10
 
 GRAPHS = tuple(
     (neighbours, norm, blocks)

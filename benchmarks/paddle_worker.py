@@ -12,7 +12,7 @@ from paddle import nn
 import flatwater.paddle as fw
 from benchmarks.hard_data import HardCase, read_case, write_results
 from benchmarks.shapes import memory_shape
-from benchmarks.timing import timer
+from benchmarks.timing import settle, timer
 from benchmarks.worker import serve
 from flatwater import kernels
 
@@ -99,6 +99,7 @@ class Contenders:
                     self._graphs[f"{layout} {bare}"] = Graph(tensors, None)
                     for brand, make in (("stock", stock), ("flatwater", flatwater)):
                         self._graphs[f"{layout} {norm} {brand}"] = Graph(tensors, make(shape[1], layout, norm))
+        settle([graph.step for graph in self._graphs.values()])
         return list(self._graphs)
 
     def time(self, contender: str, repeats: int) -> float:

@@ -65,13 +65,17 @@ def kernels(result: Result) -> list[RenderableType]:
         )
         tables.append(table)
 
-    table = table_of("Kernels alone, summary", "tensors", "layout", "what")
+    return pages(*tables, *(_kernel_summaries(result["summaries"], layout) for layout in layouts))
+
+
+def _kernel_summaries(summaries: Sequence[Result], layout: str) -> Table:
+    table = table_of(f"Kernels alone, {layout}: summary", "tensors", "what")
     for heading in ("how\nmany", "geometric\nmean", "worst", "limit"):
         right(table, heading)
     table.add_column("worst at", no_wrap=True)
     for heading in ("streaming\nmean", "\nworst"):
         right(table, heading)
-    for summary in result["summaries"]:
+    for summary in (summary for summary in summaries if summary["layout"] == layout):
         size = "≥ 25 MB" if summary["size"] == "large" else "1–25 MB"
         what = summary["what"] if summary["dtype"] == "float32" else "bfloat16 / float32"
         limit = "" if summary["limit"] is None else f"{summary['limit']:.2f}"
@@ -80,8 +84,8 @@ def kernels(result: Result) -> list[RenderableType]:
         streaming = [
             "" if summary[key] is None else f"{summary[key]:.2f}" for key in ("streaming_mean", "streaming_worst")
         ]
-        table.add_row(size, summary["layout"], what, *figures, worst, limit, summary["worst_shape"], *streaming)
-    return pages(*tables, table)
+        table.add_row(size, what, *figures, worst, limit, summary["worst_shape"], *streaming)
+    return table
 
 
 def layers(result: Result) -> list[RenderableType]:
@@ -98,32 +102,34 @@ def layers(result: Result) -> list[RenderableType]:
 
 
 def _layer_summaries(summaries: Sequence[Result]) -> list[Table]:
+    return [
+        _layer_summaries_of(environment, layout, chosen)
+        for environment in _unique(summary["environment"] for summary in summaries)
+        for layout in _unique(summary["layout"] for summary in summaries)
+        if (chosen := [one for one in summaries if (one["environment"], one["layout"]) == (environment, layout)])
+    ]
+
+
+def _layer_summaries_of(environment: str, layout: str, summaries: Sequence[Result]) -> Table:
     contenders = [name for name in HEADINGS if any(summary["contender"] == name for summary in summaries)]
-    tables = []
-    for environment in _unique(summary["environment"] for summary in summaries):
-        title = f"Layers, {environment} environment: geometric mean of their time / ours, and the worst"
-        table = table_of(title, "layout", "norm")
+    title = f"Layers, {layout}, {environment} environment: geometric mean of their time / ours, and the worst"
+    table = table_of(title, "norm")
+    for contender in contenders:
+        right(table, HEADINGS[contender])
+        right(table, "\nworst")
+    found = {(summary["norm"], summary["contender"]): summary for summary in summaries}
+    for norm in _unique(norm for norm, _ in found):
+        cells = []
         for contender in contenders:
-            right(table, HEADINGS[contender])
-            right(table, "\nworst")
-        found = {
-            (summary["layout"], summary["norm"], summary["contender"]): summary
-            for summary in summaries
-            if summary["environment"] == environment
-        }
-        for layout, norm in _unique(key[:2] for key in found):
-            cells = []
-            for contender in contenders:
-                summary = found.get((layout, norm, contender))
-                cells += ["", ""] if summary is None else _layer_summary(summary)
-            table.add_row(layout, norm, *cells)
-        if environment == "tuned":
-            table.caption = (
-                "goals: 3 beside Paddle and 2.5 beside the better torch layout for batch norm and an activation,\n"
-                f"2 beside Paddle for every other norm, 1 for the worst; {MISSED} missed"
-            )
-        tables.append(table)
-    return tables
+            summary = found.get((norm, contender))
+            cells += ["", ""] if summary is None else _layer_summary(summary)
+        table.add_row(norm, *cells)
+    if environment == "tuned":
+        table.caption = (
+            "goals: 3 beside Paddle and 2.5 beside the better torch layout for batch norm and an activation,\n"
+            f"2 beside Paddle for every other norm, 1 for the worst; {MISSED} missed"
+        )
+    return table
 
 
 def _layer_summary(summary: Result) -> list[str]:

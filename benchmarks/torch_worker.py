@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from benchmarks.hard_data import HardCase, read_case, write_results
-from benchmarks.timing import timer
+from benchmarks.timing import settle, timer
 from benchmarks.worker import serve
 
 __all__: list[str] = []
@@ -94,6 +94,7 @@ class Contenders:
                     tensors = [x, added, gradient] if residual else [x, gradient]
                     self._graphs[f"{layout} bare+residual" if residual else f"{layout} bare"] = Graph(tensors, None)
                     self._graphs[f"{layout} {norm}"] = Graph(tensors, _norm(shape[1], norm))
+        settle([graph.step for graph in self._graphs.values()])
         return list(self._graphs)
 
     def time(self, contender: str, repeats: int) -> float:

@@ -6,6 +6,7 @@ import io
 import math
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +91,22 @@ def test_every_round_begins_with_another_contender_and_samples_last_long_enough(
 
     assert {name: list(values) for name, values in times.items()} == {"slow": [50.0, 50.0], "fast": [4.0, 4.0]}
     assert asked[-4:] == [("slow", 1), ("fast", 5), ("fast", 5), ("slow", 1)]
+
+
+def test_steps_are_taken_until_their_page_faults_stay_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    costs = {"grows": [900, 700, 0, 0], "steady": [50], "never": list(range(0, 10000, 100))}
+    taken = dict.fromkeys(costs, 0)
+    faults = 0
+
+    def step(name: str) -> None:
+        nonlocal faults
+        faults += costs[name][min(taken[name], len(costs[name]) - 1)]
+        taken[name] += 1
+
+    monkeypatch.setattr(timing, "_page_faults", lambda: faults)
+    timing.settle([partial(step, name) for name in costs])
+    # The second time as well, each needs two alike.
+    assert taken == {"grows": 4 + 2, "steady": 2 + 2, "never": 2 * timing.MOST_TO_SETTLE}
 
 
 @pytest.mark.parametrize(
@@ -197,7 +214,9 @@ def printed(tables: list[RenderableType]) -> str:
     console = Console(width=100, file=io.StringIO(), record=True)
     for table in tables:
         console.print(table)
-    return console.export_text()
+    text = console.export_text()
+    assert "…" not in text  # nothing is cut off
+    return text
 
 
 def ratios(median: float) -> timing.Quartiles:
