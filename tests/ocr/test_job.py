@@ -53,7 +53,7 @@ def test_the_whole_road(tmp_path: Path) -> None:
     assert len(json.loads((folder / "fold.json").read_text(encoding="utf-8"))["folded"]) == 5
     assert [layer["path"] for layer in json.loads((folder / "norms.json").read_text(encoding="utf-8"))["layers"]]
     names = {path.name for path in folder.rglob("*") if not path.is_dir()}
-    assert {"recognizer.json", "recognizer.pdiparams", "recognizer.onnx", "recognizer.meta.json"} <= names
+    assert {"recognizer.json", "recognizer.pdiparams", "recognizer.onnx", "recognizer-meta.json"} <= names
     assert not [name for name in names if name.startswith(".")], "temporary files were left behind"
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert "http://" not in page.replace("http://www.w3.org", "")
@@ -61,6 +61,10 @@ def test_the_whole_road(tmp_path: Path) -> None:
     assert len(samples) == 24
     readings = Reader(folder).read([folder / "samples" / sample["file"] for sample in samples])
     assert [reading.text for reading in readings] == [sample["read"] for sample in samples]
+    # Nothing that was put beside the model afterwards is in the way of who loads it.
+    verify = [sys.executable, "-m", "flatwater", "verify", str(folder / "model"), "--batch", "1"]
+    verified = subprocess.run(verify, capture_output=True, text=True, timeout=300)
+    assert verified.returncode == 0, verified.stderr
 
 
 def test_ctrl_c_saves_and_resume_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:

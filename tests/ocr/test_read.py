@@ -64,7 +64,7 @@ def run(tmp_path: Path) -> Path:
     folder = tmp_path / "run"
     (folder / "model").mkdir(parents=True)
     onnx.save(build_model(), folder / "model" / "recognizer.onnx")
-    write_meta(folder / "model" / "recognizer.meta.json", ALPHABET)
+    write_meta(folder / "model" / "recognizer-meta.json", ALPHABET)
     return folder
 
 
@@ -148,8 +148,8 @@ def test_a_missing_image_is_named(run: Path, tmp_path: Path) -> None:
 
 
 def test_meta_is_what_the_format_says(tmp_path: Path) -> None:
-    write_meta(tmp_path / "recognizer.meta.json", ALPHABET)
-    content = (tmp_path / "recognizer.meta.json").read_text(encoding="utf-8")
+    write_meta(tmp_path / "recognizer-meta.json", ALPHABET)
+    content = (tmp_path / "recognizer-meta.json").read_text(encoding="utf-8")
     assert json.loads(content) == {"format": "flatwater-ocr", "version": 1, "height": 32, "alphabet": ALPHABET}
     assert ALPHABET in content  # readable, not escaped
 
@@ -159,7 +159,7 @@ def remove_model(folder: Path) -> None:
 
 
 def remove_meta(folder: Path) -> None:
-    (folder / "model" / "recognizer.meta.json").unlink()
+    (folder / "model" / "recognizer-meta.json").unlink()
 
 
 def truncate_model(folder: Path) -> None:
@@ -169,7 +169,7 @@ def truncate_model(folder: Path) -> None:
 
 def meta(**changes: object) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
-        path = folder / "model" / "recognizer.meta.json"
+        path = folder / "model" / "recognizer-meta.json"
         path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
 
     return change
@@ -185,7 +185,7 @@ def model(**shape: int) -> Callable[[Path], None]:
 FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "no model": (remove_model, "there is no recognizer.onnx"),
     "truncated model": (truncate_model, "ONNX Runtime can load"),
-    "no meta": (remove_meta, "recognizer.meta.json: cannot be read"),
+    "no meta": (remove_meta, "recognizer-meta.json: cannot be read"),
     "another format": (meta(format="paddleocr"), "does not describe a flatwater-ocr model"),
     "a later version": (meta(version=2), "of version 1"),
     "another height": (meta(height=48), "must say height 32"),
@@ -208,7 +208,7 @@ def test_a_model_that_cannot_read_is_refused_in_one_line(run: Path, fault: str) 
 
 
 def test_meta_that_is_not_json(run: Path) -> None:
-    (run / "model" / "recognizer.meta.json").write_text("平水", encoding="utf-8")
+    (run / "model" / "recognizer-meta.json").write_text("平水", encoding="utf-8")
     with pytest.raises(CheckpointError, match="it is not JSON"):
         Reader(run)
 

@@ -1,6 +1,6 @@
 """Reading line images with an exported model: ONNX Runtime, NumPy and Pillow, and no training framework.
 
-A model is two files beside each other, ``recognizer.onnx`` and ``recognizer.meta.json``::
+A model is two files beside each other, ``recognizer.onnx`` and ``recognizer-meta.json``::
 
     {"format": "flatwater-ocr", "version": 1,
      "height": 32,           # rows of the image that the network takes
@@ -24,7 +24,7 @@ from flatwater.files import write_whole
 from flatwater.recipes.ocr.labels import Alphabet
 from flatwater.recipes.ocr.preprocess import HEIGHT, load_line
 
-__all__ = ["Reader", "Reading", "write_meta"]
+__all__ = ["Reader", "Reading", "meta_of", "write_meta"]
 
 _FORMAT = "flatwater-ocr"
 _VERSION = 1
@@ -51,7 +51,7 @@ class Reader:
 
     def __init__(self, model: Path) -> None:
         path = _find(model)
-        self._alphabet = Alphabet(_read_meta(path.with_suffix(".meta.json")))
+        self._alphabet = Alphabet(_read_meta(meta_of(path)))
         self._session = _open(path)
         self._input = self._session.get_inputs()[0].name
         self._check(path)
@@ -82,12 +82,21 @@ class Reader:
             raise CheckpointError(
                 f"{path}: is not a line recogniser for {classes - 1} characters: it maps {shapes}, "
                 f"not [N, 1, {HEIGHT}, W] to [N, T, {classes}]; "
-                "give the model that `flatwater ocr train` wrote, with its own .meta.json"
+                "give the model that `flatwater ocr train` wrote, with its own -meta.json"
             )
 
 
+def meta_of(model: Path) -> Path:
+    """Where the description of a model lies, by the model's path with or without its suffix.
+
+    Not ``recognizer.meta.json``: that is where Paddle looks for a method ``meta`` of ``recognizer.json``, and it loads
+    neither.
+    """
+    return model.with_name(f"{model.stem}-meta.json")
+
+
 def write_meta(path: Path, alphabet: str) -> None:
-    """Write ``recognizer.meta.json``, whole or not at all; the module's docstring holds the format."""
+    """Write ``recognizer-meta.json``, whole or not at all; the module's docstring holds the format."""
     content = {"format": _FORMAT, "version": _VERSION, "height": HEIGHT, "alphabet": alphabet}
     write_whole(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
 
