@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import paddle
 from paddle import nn
 
 from benchmarks.paddle_worker import Graph, flatwater, stock
+from benchmarks.timing import page_faults
 from benchmarks.worker import serve
 from flatwater.kernels import pool
 
@@ -82,9 +82,9 @@ def faults(shape: list[int], layout: str, brand: str, warm: int, steps: int) -> 
     middle = None if brand == "bare" else MAKERS[brand](shape[1], layout, "relu")
     graph = Graph(Graph.tensors(shape, layout), middle)
     _steady(graph, warm)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    before = page_faults()
     _steady(graph, steps)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / steps
+    return (page_faults() - before) / steps
 
 
 def bounded(shapes: list[list[int]], steps: int) -> dict[str, int]:

@@ -17,7 +17,18 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["FEW_FAULTS", "QUIET", "Others", "Quartiles", "Times", "geometric_mean", "rounds", "settle", "timer"]
+__all__ = [
+    "FEW_FAULTS",
+    "QUIET",
+    "Others",
+    "Quartiles",
+    "Times",
+    "geometric_mean",
+    "page_faults",
+    "rounds",
+    "settle",
+    "timer",
+]
 
 Times = npt.NDArray[np.float64]
 """Milliseconds, one per round."""
@@ -79,9 +90,9 @@ def settle(steps: Collection[Callable[[], object]]) -> None:
         for step in steps:
             before = -1
             for _ in range(MOST_TO_SETTLE):
-                faults = _page_faults()
+                faults = page_faults()
                 step()
-                taken = _page_faults() - faults
+                taken = page_faults() - faults
                 if before >= 0 and abs(taken - before) < FEW_FAULTS:
                     break
                 before = taken
@@ -129,7 +140,8 @@ class Others:
         return time.process_time() + sum(map(_process_time, self._processes))
 
 
-def _page_faults() -> int:
+def page_faults() -> int:
+    """How many this process has had that took no reading from a disk."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 

@@ -103,7 +103,7 @@ def test_steps_are_taken_until_their_page_faults_stay_the_same(monkeypatch: pyte
         faults += costs[name][min(taken[name], len(costs[name]) - 1)]
         taken[name] += 1
 
-    monkeypatch.setattr(timing, "_page_faults", lambda: faults)
+    monkeypatch.setattr(timing, "page_faults", lambda: faults)
     timing.settle([partial(step, name) for name in costs])
     # The second time as well, each needs two alike.
     assert taken == {"grows": 4 + 2, "steady": 2 + 2, "never": 2 * timing.MOST_TO_SETTLE}

@@ -64,7 +64,7 @@ def run(tmp_path: Path) -> Path:
     folder = tmp_path / "run"
     (folder / "model").mkdir(parents=True)
     onnx.save(build_model(), folder / "model" / "recognizer.onnx")
-    write_meta(folder / "model" / "recognizer-meta.json", ALPHABET)
+    write_meta(folder / "model" / "recognizer", ALPHABET)
     return folder
 
 
@@ -148,7 +148,7 @@ def test_a_missing_image_is_named(run: Path, tmp_path: Path) -> None:
 
 
 def test_meta_is_what_the_format_says(tmp_path: Path) -> None:
-    write_meta(tmp_path / "recognizer-meta.json", ALPHABET)
+    write_meta(tmp_path / "recognizer.onnx", ALPHABET)
     content = (tmp_path / "recognizer-meta.json").read_text(encoding="utf-8")
     assert json.loads(content) == {"format": "flatwater-ocr", "version": 1, "height": 32, "alphabet": ALPHABET}
     assert ALPHABET in content  # readable, not escaped

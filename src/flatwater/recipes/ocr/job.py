@@ -35,7 +35,7 @@ from flatwater.recipes.ocr.interruption import interruption
 from flatwater.recipes.ocr.model import Recognizer, build
 from flatwater.recipes.ocr.preprocess import HEIGHT, pad
 from flatwater.recipes.ocr.ranks import World
-from flatwater.recipes.ocr.read import Reader, meta_of, write_meta
+from flatwater.recipes.ocr.read import Reader, write_meta
 from flatwater.recipes.ocr.train import CHECKPOINT, train
 from flatwater.verify import VerifyReport
 
@@ -193,7 +193,7 @@ def _export(model: Recognizer, folder: Path, samples: Sequence[Sample], alphabet
         [paddle.static.InputSpec([None, 1, HEIGHT, None], "float32", "images")],
         example_inputs=[paddle.to_tensor(lines)],
     )
-    write_meta(meta_of(folder / MODEL), alphabet)
+    write_meta(folder / MODEL, alphabet)
     if exported.fold is not None:
         results.save(folder / "fold.json", results.Fold.model_validate(exported.fold.as_dict()))
     results.save(folder / "verification.json", results.Verification.model_validate(exported.verification.as_dict()))

@@ -24,7 +24,7 @@ from flatwater.files import write_whole
 from flatwater.recipes.ocr.labels import Alphabet
 from flatwater.recipes.ocr.preprocess import HEIGHT, load_line
 
-__all__ = ["Reader", "Reading", "meta_of", "write_meta"]
+__all__ = ["Reader", "Reading", "write_meta"]
 
 _FORMAT = "flatwater-ocr"
 _VERSION = 1
@@ -51,7 +51,7 @@ class Reader:
 
     def __init__(self, model: Path) -> None:
         path = _find(model)
-        self._alphabet = Alphabet(_read_meta(meta_of(path)))
+        self._alphabet = Alphabet(_read_meta(_meta_of(path)))
         self._session = _open(path)
         self._input = self._session.get_inputs()[0].name
         self._check(path)
@@ -86,19 +86,20 @@ class Reader:
             )
 
 
-def meta_of(model: Path) -> Path:
-    """Where the description of a model lies, by the model's path with or without its suffix.
+def write_meta(model: Path, alphabet: str) -> None:
+    """Write ``recognizer-meta.json`` beside ``model``, whole or not at all; the module's docstring holds the format.
 
-    Not ``recognizer.meta.json``: that is where Paddle looks for a method ``meta`` of ``recognizer.json``, and it loads
-    neither.
+    Args:
+        model: the model's path, with or without its suffix.
+        alphabet: its characters, in the order of its classes.
     """
-    return model.with_name(f"{model.stem}-meta.json")
-
-
-def write_meta(path: Path, alphabet: str) -> None:
-    """Write ``recognizer-meta.json``, whole or not at all; the module's docstring holds the format."""
     content = {"format": _FORMAT, "version": _VERSION, "height": HEIGHT, "alphabet": alphabet}
-    write_whole(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+    write_whole(_meta_of(model), json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+
+
+def _meta_of(model: Path) -> Path:
+    # Not recognizer.meta.json: Paddle takes that for a method of recognizer.json, and then loads neither.
+    return model.with_name(f"{model.stem}-meta.json")
 
 
 def _find(model: Path) -> Path:
