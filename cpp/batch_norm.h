@@ -32,15 +32,10 @@ struct Batch {
         return {c * p.shape.inner, p.shape.outer, p.shape.inner, p.shape.channels * p.shape.inner, channels};
     }
 
-    // Of a plane as short as 7 × 7 the ends, which are not streamed, are nearly all there is.
-    static bool streams(const Problem &p) {
-        return is_large<S>(p) && p.shape.inner * index(sizeof(S)) >= 4 * vector_bytes;
-    }
-
     static index slab_bytes(const Problem &p) { return p.shape.outer * p.shape.inner * index(sizeof(S)); }
 
     // Whether what a channel writes stays in the second-level cache beside what it reads.
-    static bool outputs_fit(const Problem &p) { return !streams(p) && slab_bytes(p) <= largest_slab; }
+    static bool outputs_fit(const Problem &p) { return !streams_planes<S>(p) && slab_bytes(p) <= largest_slab; }
 
     // Calls body(first, count, ahead) for `count` channels as a task, `ahead` elements before those that come next
     // (0: none do). There are enough tasks for every thread to have some.
@@ -79,7 +74,7 @@ struct Batch {
         parallel_for(p.shape.channels * blocks, p.shape.elements(), [&](index i) {
             const index c = i / blocks;
             const Affine<T> f(channel_of(p, c, c));
-            pieces_apply<S, A>(At<S>(p, 0), Blocks<S>(planes(p, c))[i % blocks], &f, streams(p), 0);
+            pieces_apply<S, A>(At<S>(p, 0), Blocks<S>(planes(p, c))[i % blocks], &f, streams_planes<S>(p), 0);
             finish_streaming();
         });
     }
@@ -102,7 +97,7 @@ struct Batch {
                 p.inv_std[c] = inverse_deviation(all[k].m2, all[k].count, p.epsilon);
                 affine[k] = Affine<T>(channel_of(p, c, c));
             }
-            pieces_apply<S, A>(at, pieces, affine, streams(p), ahead);
+            pieces_apply<S, A>(at, pieces, affine, streams_planes<S>(p), ahead);
             finish_streaming();
         });
     }
@@ -137,7 +132,7 @@ struct Batch {
             const index c = i / blocks;
             const Affine<T> f(channel_of(p, c, c));
             const Gradient<T> g = gradient_of(p, c);
-            pieces_gradient<S, A>(At<S>(p, 0), Blocks<S>(planes(p, c))[i % blocks], &f, &g, streams(p), 0);
+            pieces_gradient<S, A>(At<S>(p, 0), Blocks<S>(planes(p, c))[i % blocks], &f, &g, streams_planes<S>(p), 0);
             finish_streaming();
         });
     }
@@ -166,7 +161,7 @@ struct Batch {
                 affine[k] = Affine<T>(channels[k]);
                 gradients[k] = gradient_of(p, first + k);
             }
-            pieces_gradient<S, A>(at, pieces, affine, gradients, streams(p), ahead);
+            pieces_gradient<S, A>(at, pieces, affine, gradients, streams_planes<S>(p), ahead);
             finish_streaming();
         });
     }

@@ -264,7 +264,7 @@ void vector_columns_apply(const At<S> &all, const Block &b, const Columns<typena
 template <class S>
 inline bool can_stream(const S *out, const Block &b) {
     constexpr index width = Element<S>::width;
-    return b.columns % width == 0 && b.stride % width == 0 && unaligned_head(out) == 0;
+    return b.columns % width == 0 && b.stride % width == 0 && before_multiple(out, width * index(sizeof(S))) == 0;
 }
 
 template <class S, Activation A>

@@ -58,11 +58,10 @@ inline void finish_streaming() {
 #endif
 }
 
-// How many elements stand before the first one at which a whole vector can be streamed.
+// How many elements stand before the first one that lies at a multiple of so many bytes, a power of two.
 template <class S>
-inline index unaligned_head(const S *p) {
-    constexpr std::uintptr_t line = sizeof(S) * Element<S>::width;
-    return index((line - reinterpret_cast<std::uintptr_t>(p) % line) % line / sizeof(S));
+inline index before_multiple(const S *p, index bytes) {
+    return index(-reinterpret_cast<std::uintptr_t>(p) % std::uintptr_t(bytes) / sizeof(S));
 }
 
 }  // namespace flatwater::FLATWATER_ISA

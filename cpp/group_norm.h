@@ -75,7 +75,7 @@ struct Group {
     template <Activation A>
     static void plane_apply(const Problem &p, index i, index statistics, index ahead) {
         const Affine<T> f(channel_of(p, statistics, i % p.shape.channels));
-        pieces_apply<S, A>(At<S>(p, 0), plane(p, i), &f, is_large<S>(p), ahead);
+        pieces_apply<S, A>(At<S>(p, 0), plane(p, i), &f, streams_planes<S>(p), ahead);
     }
 
     template <Activation A>
@@ -165,7 +165,7 @@ struct Group {
                 const Channel channel = channel_of(p, i, first + k);
                 const Affine<T> f(channel);
                 const Gradient<T> g(channel, means.dz, means.dz_xhat);
-                pieces_gradient<S, A>(at, plane(p, i * size + k), &f, &g, is_large<S>(p), ahead);
+                pieces_gradient<S, A>(at, plane(p, i * size + k), &f, &g, streams_planes<S>(p), ahead);
             }
             finish_streaming();
         });

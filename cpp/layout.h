@@ -177,6 +177,13 @@ bool is_large(const Problem &p) {
     return p.shape.elements() * index(sizeof(S)) >= streaming_bytes;
 }
 
+// Whether what is written plane by plane is streamed. Of a plane as short as 7 × 7 the ends, which are not, are nearly
+// all there is.
+template <class S>
+bool streams_planes(const Problem &p) {
+    return is_large<S>(p) && p.shape.inner * index(sizeof(S)) >= 4 * line_bytes;
+}
+
 // Asks for the cache line of p: a hint, so p may lie outside every tensor.
 template <class S>
 inline void prefetch(const S *p) {

@@ -225,19 +225,29 @@ void block_moments(const S *x, const Pieces &block, const S *prefetched, Moments
     vector_moments<S, typename E::Vector>(x, block, prefetched, found);
 }
 
-// Calls body(i) for vectors that cover a piece, each with the place for what it returns.
+// Calls body(i) for vectors that cover a piece, each with the place for what it returns. Streamed are whole cache lines
+// only: a line of which one half is streamed, and the other written otherwise, goes to memory in two.
 template <class S, class V, bool streaming, class Body>
 inline void fill_piece(S *out, index begin, index length, const Body &body) {
-    constexpr index width = Lanes<V>::count;
+    constexpr index width = Lanes<V>::count, line = line_bytes / index(sizeof(S));
     const index end = begin + length;
     index i = begin;
+    const auto place_until = [&](index stop) {
+        for (; i + width <= stop; i += width) place<S, V>(out + i, body(i));
+    };
     if constexpr (streaming && width > 1) {
-        const index head = unaligned_head(out + begin);
-        if (head) place_lanes<S, V>(out + begin, body(begin), 0, head);
-        for (i = begin + head; i + width <= end; i += width) place_streaming<S, V>(out + i, body(i));
+        const index first = smaller(begin + before_multiple(out + begin, line_bytes), end);
+        if constexpr (width < line) place_until(first);
+        if (i < first) {
+            const index at = width < line ? smaller(i, end - width) : i;
+            place_lanes<S, V>(out + at, body(at), i - at, first - at);
+        }
+        for (i = first; i + line <= end; i += line)
+            for (index j = i; j < i + line; j += width) place_streaming<S, V>(out + j, body(j));
+        if constexpr (width < line) place_until(end);
         if (i < end) place_lanes<S, V>(out + end - width, body(end - width), width - (end - i), width);
     } else {
-        for (; i + width <= end; i += width) place<S, V>(out + i, body(i));
+        place_until(end);
         if (i < end) place<S, V>(out + end - width, body(end - width));
     }
 }

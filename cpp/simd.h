@@ -19,6 +19,7 @@ constexpr int vector_bytes = 32;
 #else
 constexpr int vector_bytes = 16;
 #endif
+constexpr index line_bytes = 64;  // of a cache
 
 // One compiled copy, wherever it is called from. Which multiplications and additions are fused is the
 // compiler's choice anew in each copy that it makes by inlining, and two roads to one result (whole

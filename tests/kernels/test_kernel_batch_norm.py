@@ -78,6 +78,14 @@ def test_tensors_beyond_every_cache(channels_last: bool) -> None:
     check_backward(case, offset=7)
 
 
+@pytest.mark.parametrize(("dtype", "samples"), [("float64", 32), ("float32", 64), ("bfloat16", 128)])
+def test_planes_that_begin_and_end_within_cache_lines_beyond_every_cache(dtype: str, samples: int) -> None:
+    """The lines that they share are written otherwise than those between: 197 is prime, every phase comes up."""
+    case = make_case((samples, 337, 197), dtype, activation="relu", residual=True)
+    check_forward(case, offset=1)
+    check_backward(case, offset=3)
+
+
 @pytest.mark.parametrize("shape", TASKS, ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_channels_as_tasks(dtype: str, shape: tuple[int, int, int]) -> None:

@@ -72,6 +72,14 @@ def test_any_shape_at_any_address(case: Case, offset: int) -> None:
     check_backward(case, offset=offset)
 
 
+@pytest.mark.parametrize(("dtype", "inner"), [("float32", 17), ("float32", 131), ("bfloat16", 131)])
+def test_planes_that_begin_and_end_within_cache_lines_beyond_every_cache(dtype: str, inner: int) -> None:
+    samples = -(-(2**24) // (640 * inner * (4 if dtype == "float32" else 2)))
+    case = make_case((samples, 640, inner), dtype, activation="relu", residual=True, groups=32)
+    check_forward(case, offset=1)
+    check_backward(case, offset=3)
+
+
 @LAYOUTS
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_two_halves_make_a_whole_bit_for_bit(dtype: str, channels_last: bool) -> None:
