@@ -24,8 +24,10 @@ constexpr index line_bytes = 64;  // of a cache
 // One compiled copy, wherever it is called from. Which multiplications and additions are fused is the
 // compiler's choice anew in each copy that it makes by inlining, and two roads to one result (whole
 // calls and halves, few channels and many) have to agree in every bit. What such a copy calls is inlined, or
-// the constants of a loop would be fetched from memory for every vector.
-#if defined(__clang__)
+// the constants of a loop would be fetched from memory for every vector. Under a sanitizer only the bits matter.
+#if defined(FLATWATER_SANITIZED)
+#define FLATWATER_ONE_COPY [[gnu::noinline]]
+#elif defined(__clang__)
 #define FLATWATER_ONE_COPY [[gnu::noinline, gnu::flatten]]
 #else
 #define FLATWATER_ONE_COPY [[gnu::noinline, gnu::noclone, gnu::flatten]]
