@@ -38,7 +38,7 @@ struct Batch {
     static bool outputs_fit(const Problem &p) { return !streams_planes<S>(p) && slab_bytes(p) <= largest_slab; }
 
     // Calls body(first, count, ahead) for `count` channels as a task, `ahead` elements before those that come next
-    // (0: none do). There are enough tasks for every thread to have some.
+    // and are worth asking for (0: none are). There are enough tasks for every thread to have some.
     template <class Body>
     static void each_few_channels(const Problem &p, const Body &body) {
         const index channels = p.shape.channels, most = smaller(most_together, channels / 32);
@@ -46,8 +46,8 @@ struct Batch {
         const index together = whole ? larger(1, smaller(bytes_together / slab_bytes(p), most)) : 1;
         parallel_for((channels + together - 1) / together, p.shape.elements(), [&](index task) {
             const index first = task * together;
-            body(first, smaller(together, channels - first),
-                 first + 2 * together <= channels ? together * p.shape.inner : 0);
+            const bool asks = first + 2 * together <= channels && slab_bytes(p) <= largest_ahead;
+            body(first, smaller(together, channels - first), asks ? together * p.shape.inner : 0);
         });
     }
 
@@ -173,7 +173,7 @@ struct Batch {
     }
 
     static void row_statistics(const Problem &p) {
-        const RowLayout layout = RowLayout::of<S>(p.shape);
+        const RowLayout layout = RowLayout::of<S>(p.shape, threads());
         Scratch<double> mean(layout.chunks * layout.columns), m2(layout.chunks * layout.columns);
         parallel_for(layout.tasks(), p.shape.elements(), [&](index task) {
             const Tile tile(layout, task);
@@ -216,7 +216,7 @@ struct Batch {
 
     template <Activation A>
     static void row_normalize(const Problem &p) {
-        const RowLayout layout = RowLayout::of<S>(p.shape);
+        const RowLayout layout = RowLayout::of<S>(p.shape, threads());
         Columns<T> columns(layout.columns);
         set_columns(p, layout, false, columns);
         parallel_for_backwards(layout.tasks(), p.shape.elements(), [&](index task) {
@@ -228,7 +228,7 @@ struct Batch {
 
     template <Activation A>
     static void row_gradient_sums(const Problem &p) {
-        const RowLayout layout = RowLayout::of<S>(p.shape);
+        const RowLayout layout = RowLayout::of<S>(p.shape, threads());
         Columns<T> columns(layout.columns);
         set_columns(p, layout, false, columns);
         Scratch<double> dz(layout.chunks * layout.columns), dz_xhat(layout.chunks * layout.columns);
@@ -247,7 +247,7 @@ struct Batch {
 
     template <Activation A>
     static void row_input_gradient(const Problem &p) {
-        const RowLayout layout = RowLayout::of<S>(p.shape);
+        const RowLayout layout = RowLayout::of<S>(p.shape, threads());
         Columns<T> columns(layout.columns);
         set_columns(p, layout, true, columns);
         parallel_for_backwards(layout.tasks(), p.shape.elements(), [&](index task) {

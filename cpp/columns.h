@@ -155,7 +155,7 @@ FLATWATER_ONE_COPY
 void vector_column_moments(const S *x, const Block &b, double *mean, double *m2) {
     using Wide = typename Lanes<V>::wide;
     using T = typename Element<S>::Compute;
-    ColumnMoments<V> moments[tile_columns / Lanes<V>::count];
+    ColumnMoments<V> moments[widest_tile / Lanes<V>::count];
     const index ahead = b.ahead<S>();
 
     each_slot<V>(b.columns, [&](index slot, index j) {
@@ -282,7 +282,7 @@ void vector_columns_sums(const At<S> &all, const Block &b, const Columns<typenam
                          double *dz_sums, double *dz_xhat_sums) {
     const At<S> at = all;
     using Wide = typename Lanes<V>::wide;
-    constexpr index most = tile_columns / Lanes<V>::count;
+    constexpr index most = widest_tile / Lanes<V>::count;
     Wide dz_sum[most], dz_xhat_sum[most];
     each_slot<V>(b.columns, [&](index slot, index) { dz_sum[slot] = dz_xhat_sum[slot] = Wide{}; });
     const index ahead = b.ahead<S>();

@@ -33,11 +33,30 @@ const Kernels *choose_kernels(const char *forced) {
     return wanted(baseline::kernels) ? &baseline::kernels : nullptr;
 }
 
+const Machine &machine() {
+    static const Machine found = [] {
+        const char *named = std::getenv("FLATWATER_TUNING");
+        bool intel = false;
+        if (named && *named) {
+            intel = std::strcmp(named, "intel") == 0;
+            if (!intel && std::strcmp(named, "other") != 0) throw std::invalid_argument(named);
+        } else {
+#ifdef FLATWATER_X86
+            __builtin_cpu_init();
+            intel = __builtin_cpu_is("intel");
+#endif
+        }
+        return Machine{intel};
+    }();
+    return found;
+}
+
 const Kernels &kernels() {
     static const Kernels *const chosen = [] {
         const char *forced = std::getenv("FLATWATER_ISA");
         const Kernels *found = choose_kernels(forced);
         if (!found) throw std::invalid_argument(forced);
+        machine();
         return found;
     }();
     return *chosen;

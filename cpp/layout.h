@@ -12,8 +12,9 @@ namespace flatwater::FLATWATER_ISA {
 // what stays in the first-level cache between two passes over it.
 constexpr index block_vectors = 256;
 
-// The widest tile of columns that is worked on at once.
-constexpr index tile_columns = 512;
+// The widest tile of columns that is worked on at once: one whose sums stay in the first-level cache, or, for
+// processors that would rather read memory in longer runs (Machine), in the second.
+constexpr index tile_columns = 512, widest_tile = 2048;
 
 // Channels-first planes of at least this many elements are worked on as pieces: a vector of the
 // widest kind fits. Smaller ones are columns.
@@ -29,6 +30,10 @@ constexpr index bytes_together = 96 << 10, most_together = 32;
 
 // Of one channel and tensor, where the planes to be written are asked for while those that are read are being summed.
 constexpr index largest_slab = 128 << 10;
+
+// Of one channel and tensor, where the next channels' planes are asked for while these are being written. Of larger
+// ones, what is asked for drives out of the second-level cache what is about to be read again.
+constexpr index largest_ahead = 256 << 10;
 
 // A result of this size does not stay in any cache until it is read again.
 constexpr index streaming_bytes = index(16) << 20;
@@ -105,7 +110,7 @@ struct RowLayout {
     bool last;
 
     template <class S>
-    static RowLayout of(const Shape &shape) {
+    static RowLayout of(const Shape &shape, index threads) {
         RowLayout l;
         l.channels = shape.channels;
         l.last = shape.channels_last;
@@ -115,12 +120,13 @@ struct RowLayout {
         l.columns = l.channels * l.columns_each;
         // Between whole channels; the last tile takes what is left over, so none is narrow.
         const index unit = l.last ? Element<S>::width : l.columns_each;
-        l.tile_width = l.columns <= tile_columns ? l.columns : larger(1, tile_columns / 2 / unit) * unit;
-        l.tiles = larger(1, l.columns / l.tile_width);
-        // About 32 tasks, none of them too short to be worth its beginning and end.
+        l.set_tiles(tile_columns, unit);
+        // About 32 tasks, none of them too short to be worth its beginning and end. The chunks decide what is summed
+        // in which order: the same on every machine, however many of their tiles are taken together.
         const index chunks = larger(1, 32 / l.tiles), rows = (l.rows + chunks - 1) / chunks;
         l.chunk_rows = larger(1, (rows + 63) / 64) * 64;
         l.chunks = (l.rows + l.chunk_rows - 1) / l.chunk_rows;
+        if (machine().long_runs && l.chunks >= 2 * threads) l.set_tiles(widest_tile, unit);
         return l;
     }
 
@@ -137,6 +143,11 @@ struct RowLayout {
     index tasks() const { return tiles * chunks; }
 
   private:
+    void set_tiles(index widest, index unit) {
+        tile_width = columns <= widest ? columns : larger(1, widest / 2 / unit) * unit;
+        tiles = larger(1, columns / tile_width);
+    }
+
     // How many positions make a whole number of vectors, if that divides the rows and fits a tile.
     template <class S>
     static index positions(index channels, index rows) {

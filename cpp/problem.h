@@ -58,6 +58,15 @@ const Kernels *choose_kernels(const char *forced);
 // Those in use from the first call on: FLATWATER_ISA names them. std::invalid_argument if it names others.
 const Kernels &kernels();
 
+// What is faster on some makers' processors and not on others'; no result depends on it.
+struct Machine {
+    bool long_runs;  // rows of many columns whole, rather than in tiles whose sums stay in the first-level cache
+};
+
+// Of this processor, or of the maker that FLATWATER_TUNING names, "intel" or "other". std::invalid_argument if that is
+// neither, from kernels() already.
+const Machine &machine();
+
 // moving = momentum * moving + (1 - momentum) * batch, in place; T is float or double.
 template <class T>
 void update_running(T *running_mean, T *running_variance, const double *mean, const double *m2, index channels,

@@ -97,9 +97,9 @@ for seed, (dtype, activation, channels_last) in enumerate(product(DTYPES, ACTIVA
 """
 
 
-def run_under(isa: str, code: str) -> subprocess.CompletedProcess[str]:
+def run_under(isa: str, code: str, tuning: str = "") -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
-    environment = os.environ | {"FLATWATER_ISA": isa, "PYTHONPATH": path}
+    environment = os.environ | {"FLATWATER_ISA": isa, "FLATWATER_TUNING": tuning, "PYTHONPATH": path}
     return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
 
 
@@ -121,3 +121,41 @@ def test_an_instruction_set_that_is_not_there_is_named() -> None:
     result = run_under("mmx", code)
     assert result.returncode == 0, result.stderr
     assert "mmx" in result.stdout
+
+
+# Rows of more columns than a tile of them: so many that its sums leave the first-level cache, and more than that; with
+# one thread, as few rows make more than one chunk.
+WIDE = """
+import hashlib
+from flatwater import kernels
+from kernel_harness import backward, check_backward, check_forward, forward, make_case
+kernels.set_threads(1)
+found = hashlib.sha256()
+for dtype in ("float32", "bfloat16", "float64"):
+    for shape in ((3, 1000, 101), (2, 2048, 130), (67, 3001, 2), (5, 4100, 31), (200, 513, 1)):
+        case = make_case(shape, dtype, channels_last=True, activation="relu", residual=True, seed=shape[1])
+        check_forward(case)
+        check_backward(case)
+        y, moments = forward(case)
+        result = backward(case, moments)
+        for array in (y, moments.mean, moments.m2, result.dx, result.dresidual, result.sums.dz, result.sums.dz_xhat):
+            found.update(array.tobytes())
+print(found.hexdigest())
+"""
+
+
+def test_how_memory_is_read_changes_no_bit() -> None:
+    runs = [run_under("", WIDE, tuning) for tuning in ("intel", "other")]
+    assert [run.returncode for run in runs] == [0, 0], runs[0].stderr + runs[1].stderr
+    assert runs[0].stdout == runs[1].stdout
+    assert len(runs[0].stdout) == 65
+
+
+def test_a_maker_that_is_unknown_is_named() -> None:
+    code = (
+        "from flatwater import kernels, errors\n"
+        "try:\n    kernels.isa()\nexcept errors.BackendError as error:\n    print(error)"
+    )
+    result = run_under("", code, "mos")
+    assert result.returncode == 0, result.stderr
+    assert "FLATWATER_TUNING='mos'" in result.stdout

@@ -259,7 +259,7 @@ def test_bad_statistics_are_not_frozen(name: str, value: float) -> None:
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
-        (nn.Linear(2, 2), {}, "has no norm layer at all"),
+        (nn.Linear(2, 2), {}, "has no norm layer; see"),
         (network(), {"pattern": "head.*"}, "no norm layer whose path matches 'head.*' .of 2."),
         (network(), {"affine": False, "statistics": False}, "asked for neither γ, β nor statistics"),
         (paddle.Model(network()), {}, "its network is model.network"),

@@ -65,14 +65,18 @@ def isa() -> str:
     """The instruction set in use: ``"avx512"``, ``"avx2"`` or ``"baseline"``.
 
     The best that this processor runs, or the one that the environment variable ``FLATWATER_ISA``
-    named when the first kernel was called.
+    named when the first kernel was called. How memory is read for it depends on who made the processor, or on the
+    maker that ``FLATWATER_TUNING`` names, ``intel`` or ``other``; results do not.
 
     Raises:
-        BackendError: ``FLATWATER_ISA`` names one that this processor or build lacks.
+        BackendError: ``FLATWATER_ISA`` names one that this processor or build lacks, or ``FLATWATER_TUNING`` neither.
     """
     try:
         return str(_cpu.isa())
     except ValueError as error:
+        tuning = os.environ.get("FLATWATER_TUNING")
+        if tuning not in (None, "", "intel", "other"):
+            raise BackendError(f"FLATWATER_TUNING={tuning!r} is no maker; unset it, or use intel or other") from error
         forced = os.environ.get("FLATWATER_ISA")
         raise BackendError(
             f"FLATWATER_ISA={forced!r} is not an instruction set of this machine; unset it, "

@@ -10,7 +10,14 @@ from paddle.nn.layer.norm import _BatchNormBase, _InstanceNormBase
 
 from flatwater.paddle.norm import NormLayer
 
-__all__ = ["BATCH_NORMS", "INSTANCE_NORMS", "SAMPLE_NORMS", "normalizes_by_batch", "subclass_obstacle"]
+__all__ = [
+    "BATCH_NORMS",
+    "INSTANCE_NORMS",
+    "SAMPLE_NORMS",
+    "captured_obstacle",
+    "normalizes_by_batch",
+    "subclass_obstacle",
+]
 
 BATCH_NORMS = (nn.BatchNorm, _BatchNormBase)
 """Statistics over the batch, kept as moving ones; ``nn.BatchNorm`` is not a ``_BatchNormBase``."""
@@ -40,3 +47,8 @@ def normalizes_by_batch(layer: Any, *, training: bool) -> bool:
 def subclass_obstacle(layer: Any) -> str:
     """Why a norm layer whose class somebody else wrote is left as it is."""
     return f"{type(layer).__name__} is a subclass, which may do more than the norm that it comes from"
+
+
+def captured_obstacle(layer: Any) -> str:
+    """Why a norm layer that has a forward in the instance stays what it is: another class would not be called."""
+    return f"this {type(layer).__name__} has a forward of its own, captured by to_static perhaps; convert before that"

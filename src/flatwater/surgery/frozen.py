@@ -32,9 +32,11 @@ class Departure(NamedTuple):
 
 
 def departure(before: npt.NDArray[Any], after: npt.NDArray[Any]) -> Departure | None:
-    """How far ``after`` is from ``before``; None if every bit is the same."""
-    if (before.shape, before.dtype) != (after.shape, after.dtype):
+    """How far ``after`` is from ``before``, which is cast to its dtype; None if every bit is the same then."""
+    if before.shape != after.shape:
         return Departure(after.size, after.size, math.inf)
+    with np.errstate(over="ignore"):
+        before = before.astype(after.dtype)
     rows = (np.ascontiguousarray(array).reshape(-1, 1).view(np.uint8) for array in (before, after))
     differ = np.any(next(rows) != next(rows), axis=1)
     if not differ.any():
@@ -50,12 +52,15 @@ class FreezeReport(ChangeReport):
 
     Attributes:
         lacking: path -> what of that which was asked for a layer of this kind has not.
+        notes: path of a changed layer -> why it need not hold still.
     """
 
     lacking: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return "\n".join([super().__str__(), *(f"  {path}: {what}" for path, what in self.lacking.items())])
+        lines = [f"  {path}: {what}" for said in (self.lacking, self.notes) for path, what in said.items()]
+        return "\n".join([super().__str__(), *lines])
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
@@ -14,7 +14,8 @@ import paddle
 from flatwater.errors import InputError, StatisticsError, SurgeryError
 from flatwater.kernels import Statistics
 from flatwater.paddle.backend import is_replay
-from flatwater.paddle.choosing.schedule import captured_norm, matching_batch_norms
+from flatwater.paddle.captured import captured_norm
+from flatwater.paddle.choosing.schedule import matching_batch_norms
 from flatwater.paddle.kinds import normalizes_by_batch
 from flatwater.paddle.running import to_numpy
 from flatwater.paddle.surgery.population import Ranks, first_tensor, moments_of
@@ -41,7 +42,9 @@ class AccumulatedStatistics:
 
 
 @contextlib.contextmanager
-def accumulate_statistics(model: paddle.nn.Layer, *, pattern: str | None = None) -> Iterator[AccumulatedStatistics]:
+def accumulate_statistics(
+    model: paddle.nn.Layer, *, pattern: str | Sequence[str] | None = None
+) -> Iterator[AccumulatedStatistics]:
     """Inside, the moving statistics of batch norms wait; behind it, all that was read counts as one batch.
 
         for micro_batches in steps:
@@ -72,7 +75,7 @@ def accumulate_statistics(model: paddle.nn.Layer, *, pattern: str | None = None)
     It costs one more reading of what each layer reads. Hooks exist inside the block only.
 
     Args:
-        pattern: a glob that a layer's path must match (``"backbone.*"``); None for every batch norm.
+        pattern: a glob, or several, one of which a layer's path must match (``"backbone.*"``); None for all.
 
     Raises:
         InputError: a layer reads values that are NaN or infinite.
@@ -100,7 +103,7 @@ class _Group(NamedTuple):
 class _Block:
     """One step, which begins here and ends with :meth:`finish` or :meth:`abandon`."""
 
-    def __init__(self, model: paddle.nn.Layer, pattern: str | None) -> None:
+    def __init__(self, model: paddle.nn.Layer, pattern: str | Sequence[str] | None) -> None:
         self.seen = AccumulatedStatistics()
         self._layers = matching_batch_norms(model, pattern)
         captured = captured_norm(model, self._layers)
@@ -232,7 +235,7 @@ class AccumulateStatistics(paddle.callbacks.Callback):
         InputError: ``every`` is below 1.
     """
 
-    def __init__(self, every: int, *, pattern: str | None = None) -> None:
+    def __init__(self, every: int, *, pattern: str | Sequence[str] | None = None) -> None:
         super().__init__()
         if every < 1:
             raise InputError(f"every={every} must be at least 1: the accumulate_grad_batches of fit()")

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import paddle
-from paddle.jit.dy2static.program_translator import ASTStaticFunction, StaticFunction
 
 from flatwater.errors import InputError, SurgeryError
 from flatwater.momentum import Curve, MomentumCurve, Unit
+from flatwater.paddle.captured import captured_norm
 from flatwater.paddle.kinds import BATCH_NORMS, normalizes_by_batch
-from flatwater.paddle.running import layers_of
+from flatwater.paddle.select import select
 
-__all__ = ["MomentumSchedule", "captured_norm", "matching_batch_norms"]
+__all__ = ["MomentumSchedule", "matching_batch_norms"]
 
 
 class MomentumSchedule(paddle.callbacks.Callback):
@@ -63,12 +62,7 @@ class MomentumSchedule(paddle.callbacks.Callback):
         super().__init__()
         self._curve = MomentumCurve(dict(at), curve, by)
         self._layers = matching_batch_norms(model, pattern)
-        captured = captured_norm(model, self._layers, ASTStaticFunction)
-        if captured is not None:
-            raise SurgeryError(
-                f"batch norm {captured!r} was captured by to_static, and its program keeps the momentum that it had; "
-                "use full_graph=False, or call forward.rollback() on what was captured"
-            )
+        self._network = model
         self._position = 0
         self.step(0)
 
@@ -87,10 +81,17 @@ class MomentumSchedule(paddle.callbacks.Callback):
 
         Raises:
             InputError: a position that is not a whole number from 0 on.
+            SurgeryError: a layer was captured by ``to_static(full_graph=True)`` since.
         """
         position = self._position + 1 if position is None else position
         if type(position) is bool or not hasattr(position, "__index__") or position < 0:
             raise InputError(f"position={position!r} is no {self._curve.by}; they are whole numbers and count from 0")
+        captured = captured_norm(self._network, self._layers, whole=True)
+        if captured is not None:
+            raise SurgeryError(
+                f"batch norm {captured!r} was captured by to_static, and its program keeps the momentum that it had; "
+                "use full_graph=False, or call forward.rollback() on what was captured"
+            )
         self._position = position
         for layer in self._layers.values():
             # Asked anew: a layer may have been frozen since, or made another kind of norm.
@@ -128,24 +129,4 @@ def matching_batch_norms(model: paddle.nn.Layer, pattern: str | Sequence[str] | 
     Raises:
         SurgeryError: ``model`` is not a ``paddle.nn.Layer``, or none matches.
     """
-    patterns = [pattern] if isinstance(pattern, str) else pattern
-    norms = {path: layer for path, layer in layers_of(model) if isinstance(layer, BATCH_NORMS)}
-    found = {
-        path: layer
-        for path, layer in norms.items()
-        if patterns is None or any(fnmatchcase(path, one) for one in patterns)
-    }
-    if not found:
-        which = f"whose path matches {pattern!r} (of {len(norms)})" if norms else "at all"
-        raise SurgeryError(
-            f"the {type(model).__name__} has no batch norm layer {which}; see model.named_sublayers() for its paths"
-        )
-    return found
-
-
-def captured_norm(model: paddle.nn.Layer, norms: Iterable[str], kind: type = StaticFunction) -> str | None:
-    """The first of these paths that is, or is within, a layer that ``to_static`` captured; None if there is none."""
-    places = [path for path, layer in layers_of(model) if isinstance(vars(layer).get("forward"), kind)]
-    return next(
-        (path for path in norms for place in places if f"{path}.".startswith(f"{place}." if place else "")), None
-    )
+    return select(model, lambda layer: isinstance(layer, BATCH_NORMS), pattern, "batch norm layer")

@@ -11,7 +11,7 @@ import paddle
 
 from flatwater.advice import Batch
 from flatwater.errors import ExportError, InputError, SurgeryError
-from flatwater.paddle.running import Inputs, as_inputs, flatten, undisturbed
+from flatwater.paddle.running import Inputs, as_inputs, called, flatten, undisturbed
 from flatwater.paddle.shipping.examples import check_input_spec, make_examples
 from flatwater.paddle.surgery.population import first_tensor
 from flatwater.paddle.surgery.recast import channels_of
@@ -78,7 +78,7 @@ def batches_of(model: paddle.nn.Layer, norms: Mapping[str, Any], inputs: Inputs)
         for path, layer in norms.items():
             stack.callback(layer.register_forward_pre_hook(hook(path), with_kwargs=True).remove)
         try:
-            model(*inputs.args, **inputs.kwargs)
+            called(model, inputs)
         except Exception as error:  # whatever the model's own code raises
             alone = "; a dict is taken for arguments by name: for a model that takes one dict, give [that dict]"
             raise SurgeryError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +12,10 @@ from paddle.regularizer import L2Decay
 
 from flatwater.errors import ConfigError, SurgeryError
 from flatwater.momentum import Unit
+from flatwater.paddle.captured import capture_anew
 from flatwater.paddle.choosing.schedule import MomentumSchedule
 from flatwater.paddle.running import layers_of
-from flatwater.paddle.surgery.freeze import freeze
+from flatwater.paddle.surgery.freeze import freeze, frozen_parts, thaw
 from flatwater.paddle.surgery.snapshot import Snapshot
 from flatwater.surgery.applied import PolicyReport
 
@@ -56,11 +57,12 @@ class AppliedPolicy(PolicyReport):
     What a policy freezes from a step or an epoch on, and momentum that follows a schedule, need to be told when: by
     ``callback()`` in ``paddle.Model.fit``, or by ``on_step`` and ``on_epoch`` in a loop of one's own. (For a model in
     ``paddle.DataParallel``, apply the policy to that, made with ``find_unused_parameters=True``: it must not wait for
-    gradients that no longer come.)
+    gradients that no longer come. What copies the model, as quantization may, copies what is frozen and set, but of
+    what is to come only the model knows that the policy was applied to.)
     """
 
     model: Any = field(default=None, repr=False)
-    _pending: list[tuple[Freeze, list[str]]] = field(default_factory=list, repr=False)
+    _pending: list[tuple[Freeze, dict[str, Any]]] = field(default_factory=list, repr=False)
     _schedules: list[tuple[Momentum, MomentumSchedule]] = field(default_factory=list, repr=False)
     _learning: list[Learning] = field(default_factory=list, repr=False)
     _before: Snapshot | None = field(default=None, repr=False)
@@ -70,6 +72,8 @@ class AppliedPolicy(PolicyReport):
 
         Raises:
             StatisticsError: the statistics to freeze now are NaN, infinite or negative; nothing was frozen.
+            SurgeryError: a layer to freeze now is no longer in the model, or one whose momentum follows a schedule was
+                captured by ``to_static(full_graph=True)``.
         """
         self._freeze_due(lambda when: when.from_step is not None and when.from_step <= step)
         self._follow_to(step, "step")
@@ -79,9 +83,12 @@ class AppliedPolicy(PolicyReport):
         self._freeze_due(lambda when: when.from_epoch is not None and when.from_epoch <= epoch)
         self._follow_to(epoch, "epoch")
 
-    def callback(self, step: int = 0) -> PolicyCallback:
-        """For ``paddle.Model.fit``, which goes on at ``step``."""
-        return PolicyCallback(self, step)
+    def callback(self, step: int = 0, epoch: int = 0) -> PolicyCallback:
+        """For ``paddle.Model.fit``, whose first step and epoch are these of the whole training.
+
+        Both are counted on over further calls of ``fit`` that get the same callback.
+        """
+        return PolicyCallback(self, step, epoch)
 
     def decays(self, parameter: Any) -> bool:
         """Whether weight decay is for this parameter: False for those to which the policy gives none.
@@ -123,12 +130,15 @@ class AppliedPolicy(PolicyReport):
     def undo(self) -> None:
         """Make the norm layers bit for bit what they were before the policy, whatever was trained since.
 
+        Modes (``train()``, ``eval()``) and gradients stay as they are now.
+
         Raises:
             SurgeryError: it was undone already.
         """
         if self._before is None:
             raise SurgeryError("this policy was undone already; apply it again first")
-        self._before.restore()
+        self._before.restore(running=False)
+        capture_anew(self.model)
         self._before = None
         self._pending.clear()
         self._schedules.clear()
@@ -139,9 +149,9 @@ class AppliedPolicy(PolicyReport):
         learning.set()
         self._learning.append(learning)
 
-    def postpone(self, what: Freeze, paths: list[str]) -> None:
-        """Freeze the layers at these paths when its step or epoch begins."""
-        self._pending.append((what, paths))
+    def postpone(self, what: Freeze, layers: dict[str, Any]) -> None:
+        """Freeze these layers, by path, when its step or epoch begins, wherever in the model they are then."""
+        self._pending.append((what, layers))
 
     def follow(self, momentum: Momentum, paths: list[str]) -> None:
         """Let the momentum of the layers at these paths follow its schedule, from its beginning."""
@@ -159,14 +169,13 @@ class AppliedPolicy(PolicyReport):
         return {parameter.name for learning in spared for parameter in learning.parameters}
 
     def _freeze_due(self, is_due: Callable[[Freeze], bool]) -> None:
-        due = [(when, paths) for when, paths in self._pending if is_due(when)]
+        due = [one for one in self._pending if is_due(one[0])]
         if not due:
             return
-        layers = dict(layers_of(self.model))
-        before = Snapshot(layers[path] for _, paths in due for path in paths)
+        before = Snapshot(layer for _, layers in due for layer in layers.values())
         try:
-            for when, paths in due:
-                freeze_layers(self.model, when, paths)
+            for when, layers in due:
+                freeze_layers(self.model, when, layers)
         except BaseException:
             before.restore()
             raise
@@ -176,13 +185,15 @@ class AppliedPolicy(PolicyReport):
 class PolicyCallback(paddle.callbacks.Callback):
     """Tells an applied policy when steps and epochs begin; see :meth:`AppliedPolicy.callback`."""
 
-    def __init__(self, applied: AppliedPolicy, step: int = 0) -> None:
+    def __init__(self, applied: AppliedPolicy, step: int = 0, epoch: int = 0) -> None:
         super().__init__()
         self._applied = applied
         self._step = step
+        self._epoch = epoch
 
-    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        self._applied.on_epoch(epoch)
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:  # whose count begins at 0 in each fit()
+        self._applied.on_epoch(self._epoch)
+        self._epoch += 1
 
     def on_train_batch_begin(self, step: int, logs: Any = None) -> None:
         self._applied.on_step(self._step)
@@ -198,10 +209,27 @@ def float32_layers(model: paddle.nn.Layer) -> list[paddle.nn.Layer]:
     return [layer for _, layer in layers_of(model) if vars(layer).get(_KEEP_FLOAT32)]
 
 
-def freeze_layers(model: paddle.nn.Layer, what: Freeze, paths: Sequence[str]) -> None:
-    """Freeze the layers at these paths, each as far as it has what is to be frozen."""
-    for path in paths:
-        freeze(model, affine=what.affine, statistics=what.statistics, pattern=glob.escape(path))
+def freeze_layers(model: paddle.nn.Layer, what: Freeze, layers: Mapping[str, Any]) -> None:
+    """Let of these layers be frozen what is to be, as far as they have it, and nothing else.
+
+    Args:
+        layers: by the paths that they had when the policy was applied.
+
+    Raises:
+        SurgeryError: a layer is no longer in the model.
+    """
+    present = {id(layer): path for path, layer in layers_of(model)}
+    for path, layer in layers.items():
+        if id(layer) not in present:
+            raise SurgeryError(
+                f"the {type(layer).__name__} that was at {path!r} is no longer in the {type(model).__name__}, so that "
+                f"it cannot be frozen ({what}); apply the policy to the model as it is now"
+            )
+        pattern = glob.escape(present[id(layer)])
+        weight, bias, statistics = frozen_parts(layer)
+        if ((weight or bias) and not what.affine) or (statistics and not what.statistics):
+            thaw(model, pattern=pattern)
+        freeze(model, affine=what.affine, statistics=what.statistics, pattern=pattern)
 
 
 def mark_float32(layer: paddle.nn.Layer, *, keep: bool) -> None:

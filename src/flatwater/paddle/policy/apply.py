@@ -32,8 +32,9 @@ def apply_policy(
     """Make the norm layers of ``model`` what the policy says, in place: all of it, or on any error nothing.
 
     Layers and parameters stay the same objects, so that optimizers made before go on working; yet call
-    ``applied.prepare(optimizer)`` for those, and for AdamW, Lamb and parameter groups in any case. Apply a policy
-    before ``to_static``. Initial values of γ and β are written over what is there, trained or not.
+    ``applied.prepare(optimizer)`` for those, and for AdamW, Lamb and parameter groups in any case. What ``to_static``
+    captured of ``model`` is captured anew at the next call, also after what is frozen later; a momentum schedule needs
+    ``full_graph=False``. Initial values of γ and β are written over what is there, trained or not.
 
     Args:
         policy: a :class:`flatwater.policy.Policy`, the path of its YAML file, or a list of rules as dicts.
@@ -72,8 +73,6 @@ def apply_policy(
     if said is not None:
         batch_size = said.batch_size if batch_size is None else batch_size
         world_size = said.world_size if world_size is None else world_size
-        if inputs is None and input_spec is None and said.input_spec:
-            input_spec = [paddle.static.InputSpec(list(one.shape), one.dtype) for one in said.input_spec]
     example = None if inputs is None else as_inputs(inputs, nested=True)
     if input_spec is not None:
         example = inputs_of(model, input_spec, batch_size)

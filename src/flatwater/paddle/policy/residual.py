@@ -10,7 +10,7 @@ import paddle
 
 from flatwater.errors import SurgeryError
 from flatwater.paddle.pruning import node_of
-from flatwater.paddle.running import Inputs, evaluating, fixed_randomness, flatten, map_tensors
+from flatwater.paddle.running import Inputs, evaluating, flatten, map_tensors, untouched
 from flatwater.verify import one_line
 
 __all__ = ["block_ends"]
@@ -32,7 +32,6 @@ def block_ends(model: paddle.nn.Layer, norms: Mapping[str, Any], inputs: Inputs)
     """
     ends: set[str] = set()
     writers: dict[Any, str] = {}
-    args, kwargs = map_tensors(inputs.args, _traced), map_tensors(inputs.kwargs, _traced)
 
     def hook(path: str) -> Callable[..., None]:
         def note(_: paddle.nn.Layer, args: tuple[Any, ...], output: Any) -> None:
@@ -44,8 +43,9 @@ def block_ends(model: paddle.nn.Layer, norms: Mapping[str, Any], inputs: Inputs)
         return note
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(evaluating(model))
-        stack.enter_context(fixed_randomness())
+        for context in (untouched(model), evaluating(model), paddle.enable_grad()):
+            stack.enter_context(context)
+        args, kwargs = map_tensors(inputs.args, _traced), map_tensors(inputs.kwargs, _traced)
         for path, layer in norms.items():
             stack.callback(layer.register_forward_post_hook(hook(path)).remove)
         try:
@@ -58,11 +58,13 @@ def block_ends(model: paddle.nn.Layer, norms: Mapping[str, Any], inputs: Inputs)
     return ends | _block_ends([node_of(tensor) for tensor in outputs], writers)
 
 
-def _traced(tensor: paddle.Tensor) -> paddle.Tensor:
-    """A tensor from which a graph begins, though every parameter may be frozen."""
-    copy = tensor.detach()
+def _traced(value: Any) -> Any:
+    """Of a tensor, one with which a graph begins, though every parameter may be frozen."""
+    if not isinstance(value, paddle.Tensor):
+        return value
+    copy = value.detach()
     copy.stop_gradient = not copy.is_floating_point()
-    return copy
+    return copy.clone()  # not a leaf, which nothing may change in place
 
 
 def _block_ends(roots: list[Any], writers: Mapping[Any, str]) -> set[str]:

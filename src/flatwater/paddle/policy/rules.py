@@ -11,13 +11,15 @@ from typing import Any
 import paddle
 
 from flatwater.advice import Batch, LayerAdvice
-from flatwater.errors import ConfigError, SurgeryError
+from flatwater.errors import ConfigError, InputError, SurgeryError
+from flatwater.paddle.captured import capture_anew
 from flatwater.paddle.choosing.advise import UNREACHED, advise_layer, why_it_stays
-from flatwater.paddle.choosing.walk import batches_of
+from flatwater.paddle.choosing.walk import batches_of, inputs_of
 from flatwater.paddle.kinds import BATCH_NORMS
 from flatwater.paddle.policy.applied import AppliedPolicy, Learning, freeze_layers, mark_float32
 from flatwater.paddle.policy.residual import block_ends
 from flatwater.paddle.running import Inputs, layers_of
+from flatwater.paddle.select import paths_of
 from flatwater.paddle.surgery.freeze import is_frozen, thaw
 from flatwater.paddle.surgery.recast import affine_of, is_recast, kind_of, recast, restore
 from flatwater.paddle.surgery.snapshot import Snapshot
@@ -43,12 +45,18 @@ def apply_rules(
 ) -> AppliedPolicy:
     """:func:`~flatwater.paddle.apply_policy` with everything in its final form."""
     norms: dict[str, Any] = {path: layer for path, layer in layers_of(model) if kind_of(layer) is not None}
+    if not norms:
+        raise ConfigError(f"the {type(model).__name__} has no norm layers, so that a policy has nothing to say of it")
     infos = {path: NormInfo(str(kind_of(layer)), type(layer).__name__) for path, layer in norms.items()}
-    wanted = policy.resolve(infos)
+    wanted = _resolve(policy, model, norms, infos)
     seen = _Seen()
-    if inputs is not None and any(fields.get("norm", _NOTHING).value == "auto" for fields in wanted.values()):
+    looks = any(fields.get("norm", _NOTHING).value == "auto" for fields in wanted.values())
+    finds_ends = any("zero_init_residual" in fields for fields in wanted.values())
+    if inputs is None and (looks or finds_ends):
+        inputs = _inputs_of(policy, model, batch_size)
+    if inputs is not None and looks:
         seen.batches = batches_of(model, norms, inputs)
-    if inputs is not None and any("zero_init_residual" in fields for fields in wanted.values()):
+    if inputs is not None and finds_ends:
         seen.block_ends = block_ends(
             model, {path: norms[path] for path, info in infos.items() if info.kind != "layer_norm"}, inputs
         )
@@ -60,10 +68,37 @@ def apply_rules(
         work.check_effects(wanted)
         work.schedule()
         work.freeze()
+        capture_anew(model)
     except BaseException:
         before.restore()
         raise
     return work.applied
+
+
+def _resolve(
+    policy: Policy, model: paddle.nn.Layer, norms: Mapping[str, Any], infos: Mapping[str, NormInfo]
+) -> dict[str, dict[str, Chosen]]:
+    """What the policy says of each layer; of one that is used in several places, at whichever of its paths."""
+    everywhere = paths_of(model)
+    paths = {first: everywhere[id(layer)] for first, layer in norms.items()}
+    said = policy.resolve({path: infos[first] for first, several in paths.items() for path in several})
+    wanted: dict[str, dict[str, Chosen]] = {}
+    for first, several in paths.items():
+        chosen = [item for path in several for item in said.get(path, {}).items()]
+        if chosen:
+            wanted[first] = dict(sorted(chosen, key=lambda item: item[1].rule))
+    return wanted
+
+
+def _inputs_of(policy: Policy, model: paddle.nn.Layer, batch_size: int | None) -> Inputs | None:
+    """Inputs as the policy describes them, if it does."""
+    if policy.training is None or not policy.training.input_spec:
+        return None
+    specs = [paddle.static.InputSpec(list(one.shape), one.dtype) for one in policy.training.input_spec]
+    try:
+        return inputs_of(model, specs, batch_size)
+    except (InputError, SurgeryError) as error:
+        raise type(error)(f"the policy's training section: {error}") from error
 
 
 _NOTHING = Chosen(None, 0)
@@ -94,7 +129,7 @@ class _Work:
         self._seen = seen
         self._batch_size = batch_size
         self._world_size = world_size
-        self._frozen: dict[Freeze, list[str]] = {}
+        self._frozen: dict[Freeze, dict[str, Any]] = {}
         self._schedules: dict[str, tuple[Momentum, list[str]]] = {}
         self._zeroed: set[str] = set()
         self._chosen_by_auto: set[str] = set()
@@ -119,9 +154,14 @@ class _Work:
     def change(self, path: str, layer: Any, fields: dict[str, Chosen]) -> None:
         """Do to one layer whatever the fields say; freezing comes last, and to all layers."""
         entry = PolicyEntry(path, type(layer).__name__, "")
-        for name, setter in self._setters.items():
+        # Thawing comes first, for a frozen layer cannot be made another kind of norm.
+        thaws = "freeze" in fields and fields["freeze"].value.what == "none"
+        thaws = thaws and fields.get("norm", _NOTHING).value != "frozen"
+        names = ["freeze", *self._setters] if thaws else list(self._setters)
+        for name in dict.fromkeys(names):
             if name not in fields:
                 continue
+            setter = self._setters[name]
             rule = fields[name].rule
             try:
                 done = setter(entry, layer, fields)
@@ -157,11 +197,11 @@ class _Work:
 
     def freeze(self) -> None:
         """Freeze what is to be frozen now, and keep the rest for later."""
-        for what, paths in self._frozen.items():
+        for what, layers in self._frozen.items():
             if what.now:
-                freeze_layers(self.applied.model, what, paths)
+                freeze_layers(self.applied.model, what, layers)
             else:
-                self.applied.postpone(what, paths)
+                self.applied.postpone(what, layers)
 
     def _set_norm(self, entry: PolicyEntry, layer: Any, fields: dict[str, Chosen]) -> str | None:
         wanted, groups, why = fields["norm"].value, None, ""
@@ -175,9 +215,12 @@ class _Work:
             return self._set_frozen(entry, layer, fields)
         if wanted == "group_norm" and "groups" in fields:
             groups = fields["groups"].value
+        before = type(layer), getattr(layer, "_num_groups", None)
         note = recast(layer, wanted, groups=groups)
         if note:
             entry.notes.append(note)
+        if (type(layer), getattr(layer, "_num_groups", None)) == before and not why:
+            return None
         return f"norm {wanted}{why}"
 
     def _advise(self, path: str, layer: Any, rule: int) -> LayerAdvice:
@@ -276,7 +319,7 @@ class _Work:
         if affine and freeze.now and entry.path in self._zeroed:
             here, there = (self.policy.place(fields[name].rule, name) for name in ("freeze", "zero_init_residual"))
             raise ConfigError(f"{here}: freezes γ of {entry.path!r} at 0, which {there} makes it; drop one of them")
-        self._frozen.setdefault(freeze, []).append(entry.path)
+        self._frozen.setdefault(freeze, {})[entry.path] = layer
         return (
             f"freeze {freeze}"
             if affine >= freeze.affine and statistics >= freeze.statistics

@@ -7,21 +7,23 @@ refers to the layer stay what they are, because it is still the same object. Opt
 from __future__ import annotations
 
 import glob
-from fnmatch import fnmatchcase
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import paddle
 
 from flatwater.errors import InputError, SurgeryError
 from flatwater.paddle import layers
-from flatwater.paddle.kinds import BATCH_NORMS, normalizes_by_batch, subclass_obstacle
+from flatwater.paddle.captured import capture_anew
+from flatwater.paddle.kinds import BATCH_NORMS, captured_obstacle, normalizes_by_batch, subclass_obstacle
 from flatwater.paddle.norm import NormLayer
-from flatwater.paddle.running import layers_of
-from flatwater.paddle.surgery.freeze import freeze, is_frozen, thaw
+from flatwater.paddle.select import select
+from flatwater.paddle.surgery.freeze import freeze, frozen_parts, is_frozen, thaw
 from flatwater.paddle.surgery.recast import NormKind, is_fused, is_recast, kind_of, recast, restore
 from flatwater.paddle.surgery.snapshot import Snapshot
 from flatwater.paddle.sync.convert import revert_sync_batchnorm
 from flatwater.paddle.sync.layer import SyncBatchNorm
+from flatwater.spec import canonical_activation
 from flatwater.surgery.converted import ConvertReport
 
 __all__ = ["convert", "revert"]
@@ -33,7 +35,7 @@ _STOCK: dict[type, type] = {
     **{ours: theirs for theirs, ours in _CLASSES.items()},
     SyncBatchNorm: paddle.nn.SyncBatchNorm,
 }
-# A mark in the layers that convert(model, "frozen") froze, so that revert() thaws those and no others.
+# In the layers that convert(model, "frozen") froze: what was frozen of them before, which revert() leaves so.
 _FROZEN = "_flatwater_frozen_by_convert"
 
 
@@ -41,7 +43,7 @@ def convert(
     model: paddle.nn.Layer,
     to: NormKind | Literal["frozen"] | None = None,
     *,
-    pattern: str | None = None,
+    pattern: str | Sequence[str] | None = None,
     groups: int | None = None,
 ) -> ConvertReport:
     """Let the norm layers of ``model`` compute with Flatwater's kernels, or make them another kind of norm, in place.
@@ -50,13 +52,14 @@ def convert(
     are kept aside in the layer, from where :func:`revert`, or converting to batch norm, takes them again. A layer that
     never had any begins with mean 0 and variance 1.
 
-    Layers of a subclass that somebody else wrote are left, for their ``forward`` may do more.
+    Layers of a subclass that somebody else wrote are left, for their ``forward`` may do more. What ``to_static``
+    captured of ``model`` is captured anew at the next call.
 
     Args:
         to: None keeps the kind of each layer and changes stock classes to ours. ``"batch_norm"``,
             ``"sync_batch_norm"``, ``"group_norm"`` and ``"instance_norm"`` change what is of another kind;
             ``"frozen"`` makes batch norms that are frozen, see :func:`~flatwater.paddle.freeze`.
-        pattern: a glob that a layer's path must match (``"backbone.*"``); None for every norm layer.
+        pattern: a glob, or several, one of which a layer's path must match (``"backbone.*"``); None for all.
         groups: of group norm; None for 32, or the largest power of two below that divides the channels and leaves
             each group two of them.
 
@@ -88,51 +91,54 @@ def convert(
             report.changed.append(path)
             if note:
                 report.notes[path] = note
+        if report.changed:
+            capture_anew(model)
     except BaseException:
         whole.restore()
         raise
     return report
 
 
-def revert(model: paddle.nn.Layer, *, pattern: str | None = None) -> ConvertReport:
+def revert(model: paddle.nn.Layer, *, pattern: str | Sequence[str] | None = None) -> ConvertReport:
     """The way back: the kinds and stock classes that the layers were of, so that the model no longer needs Flatwater.
 
     Moving statistics that were kept aside are in their places again, bit for bit. A layer that fuses an activation has
     no stock equal and is left; ``BatchNorm`` keeps its activation, for Paddle's class of that name has one too. Stock
     layers pass single values through, whatever was set here. What :func:`~flatwater.paddle.freeze` froze stays frozen.
 
+    Returns:
+        What was changed, what the stock classes do otherwise, and why other layers were left.
+
     Raises:
         SurgeryError: ``model`` is not a ``paddle.nn.Layer``, or no norm layer matches ``pattern``.
     """
     report = ConvertReport()
     for path, layer in _norms(model, pattern):
-        before = type(layer)
-        thawed = vars(layer).pop(_FROZEN, False) and bool(thaw(layer).changed)
-        if is_recast(layer) or isinstance(layer, SyncBatchNorm):
-            if is_frozen(layer):
-                report.left[path] = f"this {before.__name__} is frozen; thaw it first"
-                continue
-            restore(layer)
-            revert_sync_batchnorm(layer)
-        stock: Any = _STOCK.get(type(layer))
-        if stock is not None and layer._act and stock is not paddle.nn.BatchNorm:
-            report.left[path] = f"act={layer._act!r} is fused into it; paddle.nn.{stock.__name__} has no activation"
-        elif stock is not None:
-            vars(layer).pop("_accepted", None)
-            layer.__class__ = stock
+        before, thawed, note = type(layer), False, None
+        try:
+            thawed = _thaw(model, path, layer)
+            if "forward" in vars(layer) and (is_recast(layer) or type(layer) in _STOCK):
+                raise SurgeryError(captured_obstacle(layer))
+            if is_recast(layer) or isinstance(layer, SyncBatchNorm):
+                if is_frozen(layer):
+                    raise SurgeryError(f"this {before.__name__} is frozen; thaw it first")
+                restore(layer)
+                revert_sync_batchnorm(layer)
+            note = _make_stock(layer)
+        except SurgeryError as error:
+            report.left[path] = str(error)
         if thawed or type(layer) is not before:
             report.changed.append(path)
+            if note:
+                report.notes[path] = note
+    if report.changed:
+        capture_anew(model)
     return report
 
 
-def _norms(model: paddle.nn.Layer, pattern: str | None) -> list[tuple[str, Any]]:
-    norms = [(path, layer) for path, layer in layers_of(model) if kind_of(layer) is not None]
-    matching = [(path, layer) for path, layer in norms if pattern is None or fnmatchcase(path, pattern)]
-    if pattern is not None and not matching:
-        raise SurgeryError(
-            f"no norm layer (of {len(norms)}) has a path that matches {pattern!r}; see model.named_sublayers()"
-        )
-    return matching
+def _norms(model: paddle.nn.Layer, pattern: str | Sequence[str] | None) -> list[tuple[str, Any]]:
+    norms = select(model, lambda layer: kind_of(layer) is not None, pattern, "norm layer", required=False)
+    return list(norms.items())
 
 
 def _convert(
@@ -158,6 +164,8 @@ def _make_ours(layer: Any) -> str | None:
         raise SurgeryError("LayerNorm normalizes over features; Flatwater has no kernel for it")
     if type(layer) not in _CLASSES:
         raise SurgeryError(subclass_obstacle(layer))
+    if "forward" in vars(layer):
+        raise SurgeryError(captured_obstacle(layer))
     if not is_fused(getattr(layer, "_act", None)):
         raise SurgeryError(f"its activation {layer._act!r} is not one that is fused")
     by_batch = isinstance(layer, BATCH_NORMS) and normalizes_by_batch(layer, training=False)
@@ -167,12 +175,48 @@ def _make_ours(layer: Any) -> str | None:
     return None
 
 
+def _make_stock(layer: Any) -> str | None:
+    """Exchange the class for Paddle's; returns what that does otherwise. Raises SurgeryError where there is no such."""
+    stock: Any = _STOCK.get(type(layer))
+    if stock is None:
+        return None
+    if layer._act and stock is not paddle.nn.BatchNorm:
+        raise SurgeryError(f"act={layer._act!r} is fused into it; paddle.nn.{stock.__name__} has no activation")
+    activation = canonical_activation(layer._act)
+    if activation == "leaky_relu":
+        raise SurgeryError(f"act={layer._act!r} is fused into it, and paddle.nn.BatchNorm fails on that")
+    vars(layer).pop("_accepted", None)
+    if activation == "hardswish":
+        layer._act = "hard_swish"  # as the stock layer's operator is called
+    by_batch = isinstance(layer, BATCH_NORMS) and normalizes_by_batch(layer, training=False)
+    layer.__class__ = stock
+    if isinstance(layer, BATCH_NORMS) and normalizes_by_batch(layer, training=False) and not by_batch:
+        return (
+            f"use_global_stats=False makes paddle.nn.{stock.__name__} normalize by the batch in eval() too, and move "
+            "its statistics; set layer._use_global_stats = None to go on as before"
+        )
+    return None
+
+
 def _freeze(model: paddle.nn.Layer, path: str, layer: Any) -> None:
     if not is_frozen(layer):
         restore(layer)
     if not isinstance(layer, BATCH_NORMS):
         raise SurgeryError(f"{type(layer).__name__} has no moving statistics to freeze")
+    parts = frozen_parts(layer)
     report = freeze(model, pattern=glob.escape(path))
     if report.left:
         raise SurgeryError(report.left[path])
-    vars(layer)[_FROZEN] = True
+    vars(layer).setdefault(_FROZEN, parts)
+
+
+def _thaw(model: paddle.nn.Layer, path: str, layer: Any) -> bool:
+    """Whether ``convert(model, "frozen")`` had frozen anything of the layer; what was frozen before that still is."""
+    if _FROZEN not in vars(layer):
+        return False
+    # In the model, so that parameters shared with other frozen layers are seen.
+    thawed = bool(thaw(model, pattern=glob.escape(path)).changed)
+    weight, bias, statistics = vars(layer).pop(_FROZEN)
+    if thawed and (weight or bias or statistics):
+        freeze(model, weight=weight, bias=bias, statistics=statistics, pattern=glob.escape(path))
+    return thawed

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy.typing as npt
 import paddle
 
 from flatwater.errors import SurgeryError
+from flatwater.paddle.captured import capture_anew
 from flatwater.paddle.kinds import BATCH_NORMS, INSTANCE_NORMS, SAMPLE_NORMS, normalizes_by_batch
 from flatwater.paddle.running import layers_of, to_numpy
-from flatwater.paddle.surgery.view import norm_values
+from flatwater.paddle.select import select
+from flatwater.paddle.surgery.view import NORM_FORWARDS, norm_values
 from flatwater.paddle.sync.layer import SyncBatchNorm
 from flatwater.surgery import ChangeReport, check_statistics
 from flatwater.surgery.frozen import FreezeReport, FrozenReport, departure
 
-__all__ = ["freeze", "frozen_report", "is_frozen", "thaw"]
+__all__ = ["freeze", "frozen_parts", "frozen_report", "is_frozen", "thaw"]
 
 # Where a frozen layer keeps its _Memory. In the layer itself, so that copies and pickles of a model have it too.
 _MEMORY = "_flatwater_before_freeze"
@@ -49,7 +51,7 @@ def freeze(
     statistics: bool = True,
     weight: bool | None = None,
     bias: bool | None = None,
-    pattern: str | None = None,
+    pattern: str | Sequence[str] | None = None,
 ) -> FreezeReport:
     """Stop the norm layers of ``model`` from learning, in place. Doing it twice is doing it once.
 
@@ -57,14 +59,15 @@ def freeze(
     left from the last step is dropped. (An optimizer with ``use_multi_tensor=True`` that has taken a step already
     fails on the next, for it goes on expecting the gradients: make it anew.) Frozen statistics normalize in
     ``train()`` as in ``eval()``, and stay. The ``state_dict`` has the keys that it had; freezing is not in it, but
-    in the model, its copies and its pickles.
+    in the model, its copies and its pickles. What ``to_static`` captured of ``model`` is captured anew at the next
+    call; if it was captured as a part of something larger, give that.
 
     Args:
         affine: freeze γ and β (``stop_gradient = True``), of every kind of norm layer.
         statistics: freeze the moving mean and variance of batch norms (``_use_global_stats = True``). Paddle's own
             SyncBatchNorm ignores that setting, and so is Flatwater's of that name while it is frozen.
         weight, bias: freeze γ or β by itself; None for what ``affine`` says.
-        pattern: a glob that a layer's path must match (``"backbone.*"``); None for every layer.
+        pattern: a glob, or several, one of which a layer's path must match (``"backbone.*"``); None for every layer.
 
     Returns:
         The paths changed, why others were left, and what was asked for but layers of some kind have not.
@@ -92,10 +95,12 @@ def freeze(
             report.changed.append(path)
         else:
             report.left[path] = "is frozen already"
+    if report.changed:
+        capture_anew(model)
     return report
 
 
-def thaw(model: paddle.nn.Layer, *, pattern: str | None = None) -> ChangeReport:
+def thaw(model: paddle.nn.Layer, *, pattern: str | Sequence[str] | None = None) -> ChangeReport:
     """Undo :func:`freeze`: each layer gets back exactly the settings that it had before it was frozen first.
 
     What was frozen before that stays frozen, and so does a parameter that another frozen layer shares.
@@ -126,6 +131,8 @@ def thaw(model: paddle.nn.Layer, *, pattern: str | None = None) -> ChangeReport:
         if _is_stock(layer):
             layer.__dict__.pop("_accepted", None)  # what the layer looked up while it was ours
         report.changed.append(path)
+    if report.changed:
+        capture_anew(model)
     return report
 
 
@@ -165,8 +172,21 @@ def is_frozen(layer: paddle.nn.Layer) -> bool:
     return _memory_of(layer) is not None
 
 
+def frozen_parts(layer: paddle.nn.Layer) -> tuple[bool, bool, bool]:
+    """Whether :func:`freeze` froze γ, β and the statistics of this layer."""
+    memory = _memory_of(layer)
+    copies = memory.copies if memory else ()
+    return "weight" in copies or "scale" in copies, "bias" in copies, "_mean" in copies
+
+
 def _choose(
-    model: paddle.nn.Layer, pattern: str | None, report: FreezeReport, *, weight: bool, bias: bool, statistics: bool
+    model: paddle.nn.Layer,
+    pattern: str | Sequence[str] | None,
+    report: FreezeReport,
+    *,
+    weight: bool,
+    bias: bool,
+    statistics: bool,
 ) -> list[tuple[str, paddle.nn.Layer, list[str]]]:
     """The layers to freeze, each with the names of its tensors to freeze; what stays out is noted."""
     chosen = []
@@ -186,6 +206,11 @@ def _choose(
             report.lacking[path] = lacks
         if "_mean" in wanted:
             check_statistics(path, norm_values(layer))
+            if type(layer).forward not in NORM_FORWARDS:
+                report.notes[path] = (
+                    f"{type(layer).__name__} has a forward of its own, which need not look at use_global_stats; "
+                    "whether its statistics stand still is seen from frozen_report() after a step"
+                )
         chosen.append((path, layer, wanted))
     if not chosen:
         path, reason = next(iter(report.left.items()))
@@ -193,16 +218,10 @@ def _choose(
     return chosen
 
 
-def _matching(model: paddle.nn.Layer, pattern: str | None) -> list[tuple[str, paddle.nn.Layer]]:
+def _matching(model: paddle.nn.Layer, pattern: str | Sequence[str] | None) -> list[tuple[str, paddle.nn.Layer]]:
     """The norm layers that ``pattern`` selects."""
-    norms = [(path, layer) for path, layer in layers_of(model) if isinstance(layer, (*BATCH_NORMS, *SAMPLE_NORMS))]
-    matching = [(path, layer) for path, layer in norms if pattern is None or fnmatchcase(path, pattern)]
-    if not matching:
-        which = f"whose path matches {pattern!r} (of {len(norms)})" if norms else "at all"
-        raise SurgeryError(
-            f"the {type(model).__name__} has no norm layer {which}; see model.named_sublayers() for its paths"
-        )
-    return matching
+    kinds = (*BATCH_NORMS, *SAMPLE_NORMS)
+    return list(select(model, lambda layer: isinstance(layer, kinds), pattern, "norm layer").items())
 
 
 def _memory_of(layer: paddle.nn.Layer) -> _Memory | None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, Literal
 
@@ -17,7 +17,8 @@ from rich.console import Console
 
 from flatwater.errors import FlatwaterError, InputError, SingleValueError, StatisticsError, SurgeryError
 from flatwater.paddle.kinds import BATCH_NORMS, normalizes_by_batch
-from flatwater.paddle.running import SyncBatchNormOnCPU, as_inputs, layers_of, to_numpy, undisturbed
+from flatwater.paddle.running import SyncBatchNormOnCPU, as_inputs, called, to_numpy, undisturbed
+from flatwater.paddle.select import select
 from flatwater.paddle.surgery.influence import closure, influences, stages
 from flatwater.paddle.surgery.population import Ranks, reading
 from flatwater.paddle.sync.layer import SyncBatchNorm
@@ -34,7 +35,7 @@ def recalibrate(
     forward: Callable[[paddle.nn.Layer, Any], object] | None = None,
     batches: int | None = None,
     in_order: bool = False,
-    pattern: str | None = None,
+    pattern: str | Sequence[str] | None = None,
     unreached: Literal["error", "keep"] = "error",
     process_group: Any = None,
     timeout: float = 1800.0,
@@ -71,7 +72,7 @@ def recalibrate(
             ``lambda model, batch: model(batch[0])``.
         batches: read only so many; None for all.
         in_order: see above.
-        pattern: a glob that a layer's path must match (``"backbone.*"``); None for every layer.
+        pattern: a glob, or several, one of which a layer's path must match (``"backbone.*"``); None for every layer.
         unreached: what to do about a layer that no batch reaches: raise, or keep its statistics.
         process_group: with whom to pool, see :class:`~flatwater.paddle.SyncBatchNorm`; None for all ranks. All of
             them have to call this, and get the same bits.
@@ -88,8 +89,9 @@ def recalibrate(
         SurgeryError: no batch norm matches, all are frozen, one was not reached, or the model fails on a batch.
         DistributedError: another rank failed, died, did not come in time or has other layers.
     """
-    if batches is not None and (not isinstance(batches, int) or batches < 1):
+    if batches is not None and (isinstance(batches, bool) or not hasattr(batches, "__index__") or batches < 1):
         raise InputError(f"batches={batches!r} must be a positive number, or None for all")
+    limit = None if batches is None else operator.index(batches)
     if unreached not in ("error", "keep"):
         raise InputError(f"unreached={unreached!r} must be 'error' or 'keep'")
     if in_order and isinstance(loader, Iterator):
@@ -100,7 +102,7 @@ def recalibrate(
     layers, left = _choose(model, pattern)
     ranks = Ranks(process_group, layers, timeout)
     with undisturbed(model) as rewind, _bar(shown=progress and ranks.first) as bar:
-        measurement = _Measurement(model, loader, forward or _call, batches, layers, ranks, rewind, bar)
+        measurement = _Measurement(model, loader, forward or _call, limit, layers, ranks, rewind, bar)
         pools = measurement.in_order() if in_order else measurement.by_batch()
     missing = [path for path in layers if path not in pools]
     if missing and unreached == "error":
@@ -230,19 +232,19 @@ class _Measurement:
 
 
 def _call(model: paddle.nn.Layer, batch: Any) -> object:
-    inputs = as_inputs(batch)
-    return model(*inputs.args, **inputs.kwargs)
+    try:
+        inputs = as_inputs(batch, nested=True)
+    except InputError as error:
+        raise InputError(
+            f"a batch of the loader is no input of a model: {error}. Give forward=lambda model, batch: model(...) to "
+            "say what of it is"
+        ) from error
+    return called(model, inputs)  # which may work in place, and be called again
 
 
-def _choose(model: paddle.nn.Layer, pattern: str | None) -> tuple[dict[str, Any], dict[str, str]]:
+def _choose(model: paddle.nn.Layer, pattern: str | Sequence[str] | None) -> tuple[dict[str, Any], dict[str, str]]:
     """The batch norms to recalibrate, and why others that match are left."""
-    norms = {path: layer for path, layer in layers_of(model) if isinstance(layer, BATCH_NORMS)}
-    matching = {path: layer for path, layer in norms.items() if pattern is None or fnmatchcase(path, pattern)}
-    if not matching:
-        which = f"whose path matches {pattern!r} (of {len(norms)})" if norms else "at all"
-        raise SurgeryError(
-            f"the {type(model).__name__} has no batch norm layer {which}; see model.named_sublayers() for its paths"
-        )
+    matching = select(model, lambda layer: isinstance(layer, BATCH_NORMS), pattern, "batch norm layer")
     chosen = {path: layer for path, layer in matching.items() if normalizes_by_batch(layer, training=True)}
     if not chosen:
         raise SurgeryError(f"all batch norm layers are frozen, among them {next(iter(matching))!r}; thaw them first")

@@ -18,7 +18,7 @@ from paddle.nn.layer.norm import _InstanceNormBase
 from flatwater.advice import choose_groups
 from flatwater.errors import InputError, SurgeryError
 from flatwater.paddle import layers
-from flatwater.paddle.kinds import BATCH_NORMS, INSTANCE_NORMS, subclass_obstacle
+from flatwater.paddle.kinds import BATCH_NORMS, INSTANCE_NORMS, captured_obstacle, subclass_obstacle
 from flatwater.paddle.surgery.freeze import is_frozen
 from flatwater.paddle.sync.convert import convert_sync_batchnorm, revert_sync_batchnorm
 from flatwater.paddle.sync.layer import SyncBatchNorm
@@ -153,7 +153,8 @@ def recast(layer: Any, kind: NormKind, *, groups: int | None = None) -> str | No
         return None
     if "_former_class" in vars(layer) and kind == "batch_norm":
         revert_sync_batchnorm(layer)
-        return None
+        if _is(layer, kind, groups):  # and not Paddle's own SyncBatchNorm, which ours was made of
+            return None
     if kind == "group_norm":
         return _to_group_norm(layer, groups or choose_groups(channels_of(layer)) or 1)
     if kind == "instance_norm":
@@ -206,7 +207,7 @@ def _check(layer: Any, kind: NormKind, groups: int | None) -> None:
             reason = f"{name} normalizes over features, which no other kind does"
         raise SurgeryError(reason)
     if "forward" in vars(layer):
-        raise SurgeryError(f"this {name} has a forward of its own, captured by to_static perhaps; convert before that")
+        raise SurgeryError(captured_obstacle(layer))
     if is_frozen(layer):
         raise SurgeryError(f"this {name} is frozen; thaw it first")
     if not is_fused(getattr(layer, "_act", None)):

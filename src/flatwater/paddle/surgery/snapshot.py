@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import paddle
 
-from flatwater.paddle.running import to_numpy
+from flatwater.paddle.running import flatten, to_numpy
 
 __all__ = ["Snapshot"]
 
@@ -39,12 +39,20 @@ class Snapshot:
             for one in found.values()
         ]
 
-    def restore(self) -> None:
-        """Make everything what it was. Parameters are the same objects."""
+    def restore(self, *, running: bool = True) -> None:
+        """Make everything what it was. Parameters are the same objects.
+
+        Args:
+            running: what a training that goes on has moved as well, modes and gradients; False where this is not the
+                end of something that failed, but later.
+        """
         for layer, kind, attributes, parameters in self._layers:
+            training = layer.training
             layer.__class__ = kind
             vars(layer).clear()
             vars(layer).update(attributes)
+            if not running:
+                layer.training = training
             layer._parameters.clear()
             layer._parameters.update(parameters)
         for parameter, values, grad, stop_gradient, attributes in self._parameters:
@@ -53,7 +61,7 @@ class Snapshot:
             parameter.stop_gradient = stop_gradient
             if to_numpy(parameter).tobytes() != to_numpy(values).tobytes():
                 parameter.set_value(values)
-            if grad is not None and parameter.grad is None:
+            if running and grad is not None and parameter.grad is None:
                 parameter.grad = grad
 
 
@@ -64,6 +72,10 @@ def _gradient(parameter: paddle.Tensor) -> paddle.Tensor | None:
 
 def _copied(attributes: dict[str, Any]) -> dict[str, Any]:
     """Only what Flatwater remembers in a layer is changed in place; everything else is replaced."""
-    return {
-        name: copy.deepcopy(value) if name.startswith("_flatwater_") else value for name, value in attributes.items()
-    }
+    return {name: _remembered(value) if name.startswith("_flatwater_") else value for name, value in attributes.items()}
+
+
+def _remembered(value: Any) -> Any:
+    """A copy that holds the same tensors: what was kept aside comes back as the parameter that it was."""
+    tensors = flatten(list(getattr(value, "__dict__", {}).values()))
+    return copy.deepcopy(value, {id(tensor): tensor for tensor in tensors})

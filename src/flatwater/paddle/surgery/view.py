@@ -32,11 +32,11 @@ from flatwater.paddle.sync.layer import SyncBatchNorm
 from flatwater.surgery import Call, Fold, LinearValues, Movement, Movements, NormValues, Source, Trace
 from flatwater.verify import difference, one_line
 
-__all__ = ["Observation", "PaddleView", "norm_values"]
+__all__ = ["NORM_FORWARDS", "Observation", "PaddleView", "norm_values"]
 
 _Array: TypeAlias = npt.NDArray[np.float64]
 
-_NORM_FORWARDS = {
+NORM_FORWARDS = {
     kind.forward
     for kind in (
         paddle.nn.BatchNorm,
@@ -48,6 +48,8 @@ _NORM_FORWARDS = {
         SyncBatchNormOnCPU,
     )
 }
+"""Of the batch norms that Paddle and Flatwater have; whatever has another may do anything."""
+
 # Of what a norm layer writes, so many values are kept to compare: enough to see any channel move.
 _SAMPLE = 1 << 15
 
@@ -304,7 +306,7 @@ def _norm_obstacle(layer: Any) -> str | None:
     kind = type(layer).__name__
     if isinstance(layer, SAMPLE_NORMS):
         return f"{kind} normalizes each sample by itself; nothing of it is constant"
-    if type(layer).forward not in _NORM_FORWARDS or "forward" in vars(layer):
+    if type(layer).forward not in NORM_FORWARDS or "forward" in vars(layer):
         return f"{kind} has a forward of its own"
     if normalizes_by_batch(layer, training=False):
         return "it normalizes by the batch in eval() too (use_global_stats=False); set it to None first"

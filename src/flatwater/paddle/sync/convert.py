@@ -9,7 +9,8 @@ import paddle
 
 from flatwater.errors import SurgeryError
 from flatwater.paddle import layers
-from flatwater.paddle.kinds import BATCH_NORMS, normalizes_by_batch, subclass_obstacle
+from flatwater.paddle.captured import capture_anew
+from flatwater.paddle.kinds import BATCH_NORMS, captured_obstacle, normalizes_by_batch, subclass_obstacle
 from flatwater.paddle.running import layers_of
 from flatwater.paddle.sync.groups import Sharing
 from flatwater.paddle.sync.layer import SyncBatchNorm
@@ -69,6 +70,8 @@ def convert_sync_batchnorm(
         layer.__class__ = SyncBatchNorm
         layer._share(sharing)
         report.changed.append(path)
+    if report.changed:
+        capture_anew(model)
     return report
 
 
@@ -92,6 +95,8 @@ def revert_sync_batchnorm(model: paddle.nn.Layer) -> ChangeReport:
             layer.__dict__.pop(name, None)
         layer.__class__ = former
         report.changed.append(path)
+    if report.changed:
+        capture_anew(model)
     return report
 
 
@@ -101,7 +106,7 @@ def _obstacle(layer: Any) -> str | None:
     if type(layer) not in _CLASSES:
         return subclass_obstacle(layer)
     if "forward" in vars(layer):
-        return "has a forward of its own, captured by to_static perhaps; convert before that"
+        return captured_obstacle(layer)
     if normalizes_by_batch(layer, training=False):
         # Paddle's two ways to say so: nn.BatchNorm's, and that of BatchNorm1D/2D/3D.
         setting = "trainable_statistics=True" if isinstance(layer, paddle.nn.BatchNorm) else "use_global_stats=False"
