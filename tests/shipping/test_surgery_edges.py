@@ -329,3 +329,13 @@ def test_a_policys_inputs_are_made_only_for_rules_that_look_at_them() -> None:
     document["rules"] = [{"norm": "auto"}]
     with pytest.raises(InputError, match=r"the policy's training section: .*batch_size="):
         fw.apply_policy(nn.Sequential(nn.BatchNorm2D(3)), Policy.of(document))
+
+
+def test_schedules_that_differ_in_the_last_digits_are_two() -> None:
+    model = nn.Sequential(fw.BatchNorm2D(3), fw.BatchNorm2D(3))
+    momenta = (0.99999991, 0.99999992)
+    rules = [
+        {"match": str(index), "momentum_schedule": {"at": {0: momentum}}} for index, momentum in enumerate(momenta)
+    ]
+    fw.apply_policy(model, rules)
+    assert tuple(layer._momentum for layer in model) == momenta

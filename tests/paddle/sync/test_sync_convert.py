@@ -215,3 +215,16 @@ def test_an_exported_model_holds_plain_batch_normalization(tmp_path: Path) -> No
     folded = fw.export(model, tmp_path / "folded", spec).fold
     assert folded is not None
     assert len(folded.folded) == 1
+
+
+def test_a_frozen_layer_does_not_become_one_that_cannot_be() -> None:
+    model = paddle.nn.Sequential(paddle.nn.SyncBatchNorm(4), paddle.nn.BatchNorm2D(4))
+    fw.convert_sync_batchnorm(model)
+    fw.freeze(model)
+    report = fw.revert_sync_batchnorm(model)
+    assert report.changed == ["1"]
+    assert "thaw it first" in report.left["0"]
+    assert fw.frozen_report(model).ok
+    fw.thaw(model)
+    assert fw.revert_sync_batchnorm(model).changed == ["0"]
+    assert type(model[0]) is paddle.nn.SyncBatchNorm

@@ -130,7 +130,8 @@ class AppliedPolicy(PolicyReport):
     def undo(self) -> None:
         """Make the norm layers bit for bit what they were before the policy, whatever was trained since.
 
-        Modes (``train()``, ``eval()``) and gradients stay as they are now.
+        Modes (``train()``, ``eval()``) and gradients stay as they are now, and an optimizer that :meth:`prepare` told
+        goes on decaying as it was told.
 
         Raises:
             SurgeryError: it was undone already.

@@ -130,7 +130,7 @@ class _Work:
         self._batch_size = batch_size
         self._world_size = world_size
         self._frozen: dict[Freeze, dict[str, Any]] = {}
-        self._schedules: dict[str, tuple[Momentum, list[str]]] = {}
+        self._schedules: dict[tuple[object, ...], tuple[Momentum, list[str]]] = {}
         self._zeroed: set[str] = set()
         self._chosen_by_auto: set[str] = set()
         self._effects: set[tuple[int, str]] = set()
@@ -268,7 +268,8 @@ class _Work:
         schedule, rule = fields["momentum_schedule"]
         if "momentum" in fields and fields["momentum"].rule > rule:
             return None
-        self._schedules.setdefault(str(schedule), (schedule, []))[1].append(entry.path)
+        same = tuple(schedule.at.items()), schedule.curve, schedule.by
+        self._schedules.setdefault(same, (schedule, []))[1].append(entry.path)
         return f"momentum {schedule}"
 
     def _set_epsilon(self, entry: PolicyEntry, layer: Any, fields: dict[str, Chosen]) -> str | None:

@@ -91,6 +91,9 @@ def revert_sync_batchnorm(model: paddle.nn.Layer) -> ChangeReport:
         if former is None:
             report.left[path] = "was built as a SyncBatchNorm"
             continue
+        if former is paddle.nn.SyncBatchNorm and layer._use_global_stats:
+            report.left[path] = "is frozen, which Paddle's SyncBatchNorm does not look at; thaw it first"
+            continue
         for name in _ADDED:
             layer.__dict__.pop(name, None)
         layer.__class__ = former
