@@ -209,6 +209,7 @@ class Pairs(paddle.io.Dataset):
         return np.full(2, index, np.float32), np.ones(1, np.float32)
 
 
+@pytest.mark.filterwarnings("ignore:To copy construct from a tensor:UserWarning")  # which fit() does itself
 def test_a_callback_counts_steps_and_epochs_over_all_of_the_training() -> None:
     network = nn.Sequential(fw.BatchNorm1D(2), nn.Linear(2, 1))
     rules = [
