@@ -86,6 +86,17 @@ def test_what_was_frozen_before_converting_to_frozen_still_is_afterwards() -> No
     assert report.held == ["0.weight", "0.bias"]
 
 
+def test_what_was_frozen_after_thawing_is_not_converts_to_thaw() -> None:
+    model = randomize(nn.Sequential(fw.BatchNorm2D(3)))
+    fw.convert(model, "frozen")
+    fw.thaw(model)
+    fw.freeze(model)
+    assert fw.revert(model).changed == ["0"]
+    assert type(model[0]) is nn.BatchNorm2D
+    assert fw.frozen_report(model).ok
+    assert model[0].weight.stop_gradient
+
+
 def test_thawing_on_the_way_back_leaves_a_parameter_that_another_frozen_layer_has() -> None:
     model = nn.Sequential(fw.BatchNorm2D(3), fw.BatchNorm2D(3))
     model[1].weight = model[0].weight

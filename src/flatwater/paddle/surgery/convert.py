@@ -18,7 +18,7 @@ from flatwater.paddle.captured import capture_anew
 from flatwater.paddle.kinds import BATCH_NORMS, captured_obstacle, normalizes_by_batch, subclass_obstacle
 from flatwater.paddle.norm import NormLayer
 from flatwater.paddle.select import select
-from flatwater.paddle.surgery.freeze import freeze, frozen_parts, is_frozen, thaw
+from flatwater.paddle.surgery.freeze import BEFORE_CONVERT, freeze, frozen_parts, is_frozen, thaw
 from flatwater.paddle.surgery.recast import NormKind, is_fused, is_recast, kind_of, recast, restore
 from flatwater.paddle.surgery.snapshot import Snapshot
 from flatwater.paddle.sync.convert import revert_sync_batchnorm
@@ -35,8 +35,6 @@ _STOCK: dict[type, type] = {
     **{ours: theirs for theirs, ours in _CLASSES.items()},
     SyncBatchNorm: paddle.nn.SyncBatchNorm,
 }
-# In the layers that convert(model, "frozen") froze: what was frozen of them before, which revert() leaves so.
-_FROZEN = "_flatwater_frozen_by_convert"
 
 
 def convert(
@@ -207,16 +205,16 @@ def _freeze(model: paddle.nn.Layer, path: str, layer: Any) -> None:
     report = freeze(model, pattern=glob.escape(path))
     if report.left:
         raise SurgeryError(report.left[path])
-    vars(layer).setdefault(_FROZEN, parts)
+    vars(layer).setdefault(BEFORE_CONVERT, parts)
 
 
 def _thaw(model: paddle.nn.Layer, path: str, layer: Any) -> bool:
     """Whether ``convert(model, "frozen")`` had frozen anything of the layer; what was frozen before that still is."""
-    if _FROZEN not in vars(layer):
+    if BEFORE_CONVERT not in vars(layer):
         return False
+    weight, bias, statistics = vars(layer)[BEFORE_CONVERT]
     # In the model, so that parameters shared with other frozen layers are seen.
     thawed = bool(thaw(model, pattern=glob.escape(path)).changed)
-    weight, bias, statistics = vars(layer).pop(_FROZEN)
     if thawed and (weight or bias or statistics):
         freeze(model, weight=weight, bias=bias, statistics=statistics, pattern=glob.escape(path))
     return thawed

@@ -19,10 +19,13 @@ from flatwater.paddle.sync.layer import SyncBatchNorm
 from flatwater.surgery import ChangeReport, check_statistics
 from flatwater.surgery.frozen import FreezeReport, FrozenReport, departure
 
-__all__ = ["freeze", "frozen_parts", "frozen_report", "is_frozen", "thaw"]
+__all__ = ["BEFORE_CONVERT", "freeze", "frozen_parts", "frozen_report", "is_frozen", "thaw"]
 
 # Where a frozen layer keeps its _Memory. In the layer itself, so that copies and pickles of a model have it too.
 _MEMORY = "_flatwater_before_freeze"
+
+# Where a layer that convert(model, "frozen") froze keeps what of it was frozen before. Thawing forgets it.
+BEFORE_CONVERT = "_flatwater_frozen_before_convert"
 
 _STATISTICS = ("_mean", "_variance")
 
@@ -120,6 +123,7 @@ def thaw(model: paddle.nn.Layer, *, pattern: str | Sequence[str] | None = None) 
     report.left = {path: "is not frozen" for path, layer in matching if not is_frozen(layer)}
     for _, layer, _ in frozen:
         del layer.__dict__[_MEMORY]
+        layer.__dict__.pop(BEFORE_CONVERT, None)
     shared = _recorded_flags(model)
     for path, layer, memory in frozen:
         for name, flag in memory.flags.items():
