@@ -1,4 +1,4 @@
-// How the tensor of a call is cut into tasks and blocks. The cut depends on the shape alone.
+// How the tensor of a call is cut into tasks and blocks. What is summed in which order depends on the shape alone.
 #pragma once
 
 #include <cstdlib>

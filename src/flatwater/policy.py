@@ -119,7 +119,10 @@ class _Model(BaseModel):
 
 
 class Freeze(_Model):
-    """What stops learning, and when: at once, or from a step or an epoch on, counted from 0."""
+    """What stops learning, and when: at once, or from a step or an epoch on, counted from 0.
+
+    At once it is a state: what else was frozen of a layer is thawed. Later it adds to what is frozen then.
+    """
 
     what: Literal["affine", "statistics", "both", "none"]
     from_step: int | None = Field(default=None, ge=0)

@@ -130,3 +130,47 @@ def test_nobody_can_see_what_a_program_reads(make: Callable[[], nn.Layer]) -> No
     with pytest.raises(SurgeryError, match="'norm' was captured by to_static"), fw.accumulate_statistics(model):
         model(example(*X))
     assert np.array_equal(model.norm._mean.numpy(), before)
+
+
+@pytest.mark.parametrize(
+    "surgery", [fw.convert, fw.convert_sync_batchnorm, lambda model: fw.convert(model, "group_norm")]
+)
+def test_what_a_call_leaves_in_a_layer_is_no_obstacle(surgery: Callable[[nn.Layer], Any]) -> None:
+    # full_graph=False leaves the class's own forward in the instance, where that of another class would not be called.
+    model = captured(Plain, full_graph=False)
+    model.norm.forward = type(model.norm).forward.__get__(model.norm)
+    model.eval()
+    assert surgery(model).changed == ["norm"]
+    assert "forward" not in vars(model.norm)
+    x = example(*X)
+    expected = model.norm(model.conv(x)).numpy()
+    np.testing.assert_allclose(model(x).numpy(), expected, rtol=1e-5, atol=1e-6)  # float32, eager and captured
+
+
+class Branches(nn.Layer):
+    def __init__(self) -> None:
+        super().__init__()
+        norm = nn.BatchNorm2D(3)
+        self.a, self.b = nn.Sequential(norm), nn.Sequential(norm)
+
+
+class Features(Plain):
+    @paddle.jit.to_static(full_graph=True)
+    def features(self, x: paddle.Tensor) -> paddle.Tensor:
+        return self.norm(self.conv(x))
+
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        return self.features(x)
+
+
+def test_a_captured_layer_is_found_by_any_path_and_method() -> None:
+    model = Branches()
+    paddle.jit.to_static(model.b, full_graph=True)
+    with pytest.raises(SurgeryError, match=r"'a\.0' was captured by to_static"):
+        fw.MomentumSchedule(model, {0: 0.5})
+    features = Features()
+    features(example(*X))
+    with pytest.raises(SurgeryError, match="'norm' was captured by to_static"):
+        fw.MomentumSchedule(features, {0: 0.5})
+    fw.freeze(features)
+    assert not moved(features)

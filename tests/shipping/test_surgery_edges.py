@@ -121,11 +121,16 @@ def test_a_layer_that_need_not_hold_still_is_named() -> None:
     report = fw.freeze(model)
     assert list(report.notes) == ["0"]
     assert "frozen_report()" in str(report)
+    assert not fw.freeze(model).notes
     model(example(2, 3, 4, 4) + 1)
     assert set(fw.frozen_report(model).moved) == {"0._mean", "0._variance"}
 
 
 def test_a_cast_is_no_movement() -> None:
+    model = randomize(nn.Sequential(fw.BatchNorm2D(3)))
+    fw.freeze(model)
+    model.to(dtype="bfloat16")
+    assert fw.frozen_report(model).ok
     model = randomize(nn.Sequential(fw.BatchNorm2D(3)))
     fw.freeze(model)
     model.to(dtype="float64")
@@ -236,6 +241,8 @@ def test_a_callback_counts_steps_and_epochs_over_all_of_the_training() -> None:
         seen.append(network[0]._momentum)
     np.testing.assert_allclose(seen, [0.5 + 0.4 * 7 / 10, 0.9], rtol=1e-12)
     assert not network[0].weight.stop_gradient
+    applied.callback().on_epoch_begin(10)
+    assert not network[0].weight.stop_gradient
     model.fit(Pairs(), batch_size=2, epochs=1, verbose=0, callbacks=[callback])
     assert network[0].weight.stop_gradient
 
@@ -243,7 +250,8 @@ def test_a_callback_counts_steps_and_epochs_over_all_of_the_training() -> None:
 def test_freeze_in_a_policy_is_a_state() -> None:
     model = randomize(nn.Sequential(fw.BatchNorm2D(4), fw.BatchNorm2D(4)))
     fw.apply_policy(model, [{"freeze": "both"}])
-    fw.apply_policy(model, [{"match": "0", "freeze": "statistics"}, {"match": "1", "freeze": "affine"}])
+    applied = fw.apply_policy(model, [{"match": "0", "freeze": "statistics"}, {"match": "1", "freeze": "affine"}])
+    assert str(applied).count("the rest is thawed") == 2
     assert set(fw.frozen_report(model).held) == {"0._mean", "0._variance", "1.weight", "1.bias"}
     assert not model[0].weight.stop_gradient
     assert model[0]._use_global_stats
@@ -252,6 +260,14 @@ def test_freeze_in_a_policy_is_a_state() -> None:
     assert [type(layer) for layer in model] == [fw.GroupNorm, fw.GroupNorm]
     fw.apply_policy(model, [{"freeze": "none"}, {"norm": "frozen"}])
     assert fw.frozen_report(model).ok
+
+
+def test_what_a_policy_freezes_later_is_added_to_what_is_frozen_then() -> None:
+    model = randomize(nn.Sequential(fw.BatchNorm2D(4)))
+    applied = fw.apply_policy(model, [{"freeze": {"what": "statistics", "from_step": 1}}])
+    fw.freeze(model, statistics=False)
+    applied.on_step(1)
+    assert set(fw.frozen_report(model).held) == {"0.weight", "0.bias", "0._mean", "0._variance"}
 
 
 def test_what_a_policy_says_and_the_layer_is_already_is_no_change() -> None:
@@ -310,6 +326,8 @@ def test_several_patterns_each_have_to_match() -> None:
     for call in (fw.freeze, fw.thaw, fw.convert, fw.revert, lambda m, **kw: fw.recalibrate(m, [x], **kw)):
         with pytest.raises(SurgeryError, match="'head' \\(of 3\\)"):
             call(model, pattern=["0", "head"])
+        with pytest.raises(SurgeryError, match="None for all of them"):
+            call(model, pattern=[])
 
 
 def test_what_is_wrong_is_said() -> None:
@@ -344,6 +362,8 @@ def test_a_batch_may_be_what_a_model_takes() -> None:
 
 def test_a_policys_inputs_are_made_only_for_rules_that_look_at_them() -> None:
     document = {"training": {"input_spec": [{"shape": [None, 3, 8, 8]}]}, "rules": [{"freeze": "both"}]}
+    assert fw.apply_policy(nn.Sequential(nn.BatchNorm2D(3)), Policy.of(document)).entries
+    document["rules"] = [{"zero_init_residual": False, "momentum": 0.5}]
     assert fw.apply_policy(nn.Sequential(nn.BatchNorm2D(3)), Policy.of(document)).entries
     document["rules"] = [{"norm": "auto"}]
     with pytest.raises(InputError, match=r"the policy's training section: .*batch_size="):

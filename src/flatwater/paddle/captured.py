@@ -12,6 +12,7 @@ import paddle
 from paddle.jit.dy2static.program_translator import ASTStaticFunction, StaticFunction
 
 from flatwater.paddle.running import layers_of
+from flatwater.paddle.select import paths_of
 
 __all__ = ["capture_anew", "captured_norm"]
 
@@ -22,9 +23,14 @@ def captured_norm(model: paddle.nn.Layer, norms: Iterable[str], *, whole: bool =
     Args:
         whole: whether only ``full_graph=True`` counts.
     """
-    places = [path for path, layer in layers_of(model) if _is_captured(layer, whole=whole)]
+    layers = dict(layers_of(model))
+    captured = {id(layer) for layer in layers.values() if _is_captured(layer, whole=whole)}
+    if not captured:
+        return None
+    everywhere = paths_of(model)
+    places = [f"{path}." if path else "" for one in captured for path in everywhere[one]]
     return next(
-        (path for path in norms for place in places if f"{path}.".startswith(f"{place}." if place else "")), None
+        (norm for norm in norms for path in everywhere[id(layers[norm])] if f"{path}.".startswith(tuple(places))), None
     )
 
 
@@ -42,8 +48,8 @@ def capture_anew(model: paddle.nn.Layer) -> None:
 def _is_captured(layer: paddle.nn.Layer, *, whole: bool) -> bool:
     # In the instance, or, where the class was written with @to_static, in the class. Of the latter kind those that
     # look at their layers anew run them as they are, hooks included.
-    kind = ASTStaticFunction if whole else StaticFunction
-    return isinstance(vars(layer).get("forward"), kind) or isinstance(layer.forward, ASTStaticFunction)
+    symbolic = not whole and isinstance(vars(layer).get("forward"), StaticFunction)
+    return symbolic or any(True for _ in _programs(layer))
 
 
 def _programs(layer: paddle.nn.Layer) -> Iterator[ASTStaticFunction]:

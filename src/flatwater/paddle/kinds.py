@@ -12,12 +12,16 @@ from flatwater.paddle.norm import NormLayer
 
 __all__ = [
     "BATCH_NORMS",
+    "FROZEN",
     "INSTANCE_NORMS",
     "SAMPLE_NORMS",
     "captured_obstacle",
     "normalizes_by_batch",
     "subclass_obstacle",
 ]
+
+FROZEN = "_flatwater_before_freeze"
+"""Where a layer that :func:`~flatwater.paddle.freeze` froze keeps what it was like."""
 
 BATCH_NORMS = (nn.BatchNorm, _BatchNormBase)
 """Statistics over the batch, kept as moving ones; ``nn.BatchNorm`` is not a ``_BatchNormBase``."""
@@ -49,6 +53,15 @@ def subclass_obstacle(layer: Any) -> str:
     return f"{type(layer).__name__} is a subclass, which may do more than the norm that it comes from"
 
 
-def captured_obstacle(layer: Any) -> str:
-    """Why a norm layer that has a forward in the instance stays what it is: another class would not be called."""
+def captured_obstacle(layer: Any) -> str | None:
+    """Why a norm layer that has a forward in the instance stays what it is: that of another class would not be called.
+
+    ``to_static(full_graph=False)`` leaves there what the class has anyway. That is no obstacle, and taken away.
+    """
+    own = vars(layer).get("forward")
+    if own is not None and getattr(own, "__func__", None) is type(layer).forward:
+        del vars(layer)["forward"]
+        own = None
+    if own is None:
+        return None
     return f"this {type(layer).__name__} has a forward of its own, captured by to_static perhaps; convert before that"

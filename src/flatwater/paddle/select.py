@@ -39,9 +39,12 @@ def select(
         if required and not found:
             raise SurgeryError(f"the {type(model).__name__} has no {what}; see model.named_sublayers() for its layers")
         return found
+    patterns = [pattern] if isinstance(pattern, str) else list(pattern)
+    if not patterns:
+        raise SurgeryError(f"pattern={pattern!r} selects no {what}; use None for all of them")
     paths = paths_of(model)
     selected = set()
-    for one in [pattern] if isinstance(pattern, str) else pattern:
+    for one in patterns:
         matching = {first for first, layer in found.items() if any(fnmatchcase(path, one) for path in paths[id(layer)])}
         if not matching:
             raise SurgeryError(
@@ -55,14 +58,13 @@ def select(
 def paths_of(model: paddle.nn.Layer) -> dict[int, list[str]]:
     """All paths of each layer, in the order of ``named_sublayers``, by its ``id``; the model itself is ``""``."""
     paths: dict[int, list[str]] = {}
-    for path, layer in _walk(model, "", ()):
+    for path, layer in _walk(model, ""):
         paths.setdefault(id(layer), []).append(path)
     return paths
 
 
-def _walk(layer: paddle.nn.Layer, path: str, above: tuple[int, ...]) -> Iterator[tuple[str, paddle.nn.Layer]]:
+def _walk(layer: paddle.nn.Layer, path: str) -> Iterator[tuple[str, paddle.nn.Layer]]:
     yield path, layer
-    above = (*above, id(layer))
     for name, child in layer._sub_layers.items():
-        if child is not None and id(child) not in above:  # a layer may hold itself
-            yield from _walk(child, f"{path}.{name}" if path else name, above)
+        if child is not None:
+            yield from _walk(child, f"{path}.{name}" if path else name)

@@ -22,7 +22,15 @@ from flatwater.surgery.applied import PolicyReport
 if TYPE_CHECKING:
     from flatwater.policy import Freeze, Momentum
 
-__all__ = ["AppliedPolicy", "Learning", "PolicyCallback", "float32_layers", "freeze_layers", "mark_float32"]
+__all__ = [
+    "AppliedPolicy",
+    "Learning",
+    "PolicyCallback",
+    "float32_layers",
+    "freeze_layers",
+    "mark_float32",
+    "thaws_more",
+]
 
 # The mark in layers that are to stay float32. Paddle has one of its own, which it gives to other layers as well.
 _KEEP_FLOAT32 = "_flatwater_keep_float32"
@@ -176,7 +184,7 @@ class AppliedPolicy(PolicyReport):
         before = Snapshot(layer for _, layers in due for layer in layers.values())
         try:
             for when, layers in due:
-                freeze_layers(self.model, when, layers)
+                freeze_layers(self.model, when, layers)  # and whatever was frozen since stays so
         except BaseException:
             before.restore()
             raise
@@ -190,11 +198,16 @@ class PolicyCallback(paddle.callbacks.Callback):
         super().__init__()
         self._applied = applied
         self._step = step
-        self._epoch = epoch
+        self._first_epoch = self._next_epoch = epoch
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        self._first_epoch = self._next_epoch
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:  # whose count begins at 0 in each fit()
-        self._applied.on_epoch(self._epoch)
-        self._epoch += 1
+        self._applied.on_epoch(self._first_epoch + epoch)
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        self._next_epoch = self._first_epoch + epoch + 1
 
     def on_train_batch_begin(self, step: int, logs: Any = None) -> None:
         self._applied.on_step(self._step)
@@ -210,11 +223,12 @@ def float32_layers(model: paddle.nn.Layer) -> list[paddle.nn.Layer]:
     return [layer for _, layer in layers_of(model) if vars(layer).get(_KEEP_FLOAT32)]
 
 
-def freeze_layers(model: paddle.nn.Layer, what: Freeze, layers: Mapping[str, Any]) -> None:
-    """Let of these layers be frozen what is to be, as far as they have it, and nothing else.
+def freeze_layers(model: paddle.nn.Layer, what: Freeze, layers: Mapping[str, Any], *, only: bool = False) -> None:
+    """Freeze of these layers what is to be, as far as they have it.
 
     Args:
         layers: by the paths that they had when the policy was applied.
+        only: thaw what else is frozen of them.
 
     Raises:
         SurgeryError: a layer is no longer in the model.
@@ -227,10 +241,15 @@ def freeze_layers(model: paddle.nn.Layer, what: Freeze, layers: Mapping[str, Any
                 f"it cannot be frozen ({what}); apply the policy to the model as it is now"
             )
         pattern = glob.escape(present[id(layer)])
-        weight, bias, statistics = frozen_parts(layer)
-        if ((weight or bias) and not what.affine) or (statistics and not what.statistics):
+        if only and thaws_more(layer, what):
             thaw(model, pattern=pattern)
         freeze(model, affine=what.affine, statistics=what.statistics, pattern=pattern)
+
+
+def thaws_more(layer: Any, what: Freeze) -> bool:
+    """Whether more of a layer is frozen than a policy says."""
+    weight, bias, statistics = frozen_parts(layer)
+    return ((weight or bias) and not what.affine) or (statistics and not what.statistics)
 
 
 def mark_float32(layer: paddle.nn.Layer, *, keep: bool) -> None:

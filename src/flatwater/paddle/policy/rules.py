@@ -16,7 +16,7 @@ from flatwater.paddle.captured import capture_anew
 from flatwater.paddle.choosing.advise import UNREACHED, advise_layer, why_it_stays
 from flatwater.paddle.choosing.walk import batches_of, inputs_of
 from flatwater.paddle.kinds import BATCH_NORMS
-from flatwater.paddle.policy.applied import AppliedPolicy, Learning, freeze_layers, mark_float32
+from flatwater.paddle.policy.applied import AppliedPolicy, Learning, freeze_layers, mark_float32, thaws_more
 from flatwater.paddle.policy.residual import block_ends
 from flatwater.paddle.running import Inputs, layers_of
 from flatwater.paddle.select import paths_of
@@ -51,7 +51,7 @@ def apply_rules(
     wanted = _resolve(policy, model, norms, infos)
     seen = _Seen()
     looks = any(fields.get("norm", _NOTHING).value == "auto" for fields in wanted.values())
-    finds_ends = any("zero_init_residual" in fields for fields in wanted.values())
+    finds_ends = any(fields.get("zero_init_residual", _NOTHING).value for fields in wanted.values())
     if inputs is None and (looks or finds_ends):
         inputs = _inputs_of(policy, model, batch_size)
     if inputs is not None and looks:
@@ -199,7 +199,7 @@ class _Work:
         """Freeze what is to be frozen now, and keep the rest for later."""
         for what, layers in self._frozen.items():
             if what.now:
-                freeze_layers(self.applied.model, what, layers)
+                freeze_layers(self.applied.model, what, layers, only=True)
             else:
                 self.applied.postpone(what, layers)
 
@@ -321,6 +321,8 @@ class _Work:
             here, there = (self.policy.place(fields[name].rule, name) for name in ("freeze", "zero_init_residual"))
             raise ConfigError(f"{here}: freezes γ of {entry.path!r} at 0, which {there} makes it; drop one of them")
         self._frozen.setdefault(freeze, {})[entry.path] = layer
+        if freeze.now and thaws_more(layer, freeze):
+            entry.notes.append(f"freeze {freeze} is all that is frozen of it now; the rest is thawed")
         return (
             f"freeze {freeze}"
             if affine >= freeze.affine and statistics >= freeze.statistics

@@ -115,8 +115,8 @@ def revert(model: paddle.nn.Layer, *, pattern: str | Sequence[str] | None = None
         before, thawed, note = type(layer), False, None
         try:
             thawed = _thaw(model, path, layer)
-            if "forward" in vars(layer) and (is_recast(layer) or type(layer) in _STOCK):
-                raise SurgeryError(captured_obstacle(layer))
+            if (is_recast(layer) or type(layer) in _STOCK) and (captured := captured_obstacle(layer)) is not None:
+                raise SurgeryError(captured)
             if is_recast(layer) or isinstance(layer, SyncBatchNorm):
                 if is_frozen(layer):
                     raise SurgeryError(f"this {before.__name__} is frozen; thaw it first")
@@ -162,8 +162,8 @@ def _make_ours(layer: Any) -> str | None:
         raise SurgeryError("LayerNorm normalizes over features; Flatwater has no kernel for it")
     if type(layer) not in _CLASSES:
         raise SurgeryError(subclass_obstacle(layer))
-    if "forward" in vars(layer):
-        raise SurgeryError(captured_obstacle(layer))
+    if (captured := captured_obstacle(layer)) is not None:
+        raise SurgeryError(captured)
     if not is_fused(getattr(layer, "_act", None)):
         raise SurgeryError(f"its activation {layer._act!r} is not one that is fused")
     by_batch = isinstance(layer, BATCH_NORMS) and normalizes_by_batch(layer, training=False)

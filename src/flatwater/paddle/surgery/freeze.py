@@ -11,7 +11,7 @@ import paddle
 
 from flatwater.errors import SurgeryError
 from flatwater.paddle.captured import capture_anew
-from flatwater.paddle.kinds import BATCH_NORMS, INSTANCE_NORMS, SAMPLE_NORMS, normalizes_by_batch
+from flatwater.paddle.kinds import BATCH_NORMS, FROZEN, INSTANCE_NORMS, SAMPLE_NORMS, normalizes_by_batch
 from flatwater.paddle.running import layers_of, to_numpy
 from flatwater.paddle.select import select
 from flatwater.paddle.surgery.view import NORM_FORWARDS, norm_values
@@ -20,9 +20,6 @@ from flatwater.surgery import ChangeReport, check_statistics
 from flatwater.surgery.frozen import FreezeReport, FrozenReport, departure
 
 __all__ = ["BEFORE_CONVERT", "freeze", "frozen_parts", "frozen_report", "is_frozen", "thaw"]
-
-# Where a frozen layer keeps its _Memory. In the layer itself, so that copies and pickles of a model have it too.
-_MEMORY = "_flatwater_before_freeze"
 
 # Where a layer that convert(model, "frozen") froze keeps what of it was frozen before. Thawing forgets it.
 BEFORE_CONVERT = "_flatwater_frozen_before_convert"
@@ -96,6 +93,11 @@ def freeze(
     for path, layer, wanted in chosen:
         if _freeze(layer, wanted, recorded, behind_reducer=reduces):
             report.changed.append(path)
+            if "_mean" in wanted and _has_own_forward(layer):
+                report.notes[path] = (
+                    f"{type(layer).__name__} has a forward of its own, which need not look at use_global_stats; "
+                    "whether its statistics stand still is seen from frozen_report() after a step"
+                )
         else:
             report.left[path] = "is frozen already"
     if report.changed:
@@ -122,7 +124,7 @@ def thaw(model: paddle.nn.Layer, *, pattern: str | Sequence[str] | None = None) 
         )
     report.left = {path: "is not frozen" for path, layer in matching if not is_frozen(layer)}
     for _, layer, _ in frozen:
-        del layer.__dict__[_MEMORY]
+        del layer.__dict__[FROZEN]
         layer.__dict__.pop(BEFORE_CONVERT, None)
     shared = _recorded_flags(model)
     for path, layer, memory in frozen:
@@ -161,7 +163,9 @@ def frozen_report(model: paddle.nn.Layer) -> FrozenReport:
             reason = _release(layer, name, tensor)
             if reason:
                 report.released[full_name] = reason
-            found = departure(copy, to_numpy(tensor))
+            # As exact as the tensor now is: in NumPy a bfloat16 is a float32.
+            cast = to_numpy(paddle.to_tensor(copy).astype(tensor.dtype))
+            found = departure(cast, to_numpy(tensor))
             if found:
                 report.moved[full_name] = found
             else:
@@ -210,11 +214,6 @@ def _choose(
             report.lacking[path] = lacks
         if "_mean" in wanted:
             check_statistics(path, norm_values(layer))
-            if type(layer).forward not in NORM_FORWARDS:
-                report.notes[path] = (
-                    f"{type(layer).__name__} has a forward of its own, which need not look at use_global_stats; "
-                    "whether its statistics stand still is seen from frozen_report() after a step"
-                )
         chosen.append((path, layer, wanted))
     if not chosen:
         path, reason = next(iter(report.left.items()))
@@ -229,7 +228,7 @@ def _matching(model: paddle.nn.Layer, pattern: str | Sequence[str] | None) -> li
 
 
 def _memory_of(layer: paddle.nn.Layer) -> _Memory | None:
-    return layer.__dict__.get(_MEMORY)
+    return layer.__dict__.get(FROZEN)
 
 
 def _parts(layer: paddle.nn.Layer, *, weight: bool, bias: bool, statistics: bool) -> tuple[list[str], list[str]]:
@@ -243,6 +242,12 @@ def _parts(layer: paddle.nn.Layer, *, weight: bool, bias: bool, statistics: bool
     elif statistics:
         missing.append("running statistics")
     return wanted, missing
+
+
+def _has_own_forward(layer: paddle.nn.Layer) -> bool:
+    """Whether nobody knows what the layer does; Paddle's own subclasses, as for sparse tensors, do what they should."""
+    forward = type(layer).forward
+    return forward not in NORM_FORWARDS and not forward.__module__.startswith("paddle.")
 
 
 def _ignores_setting(layer: paddle.nn.Layer) -> bool:
@@ -276,7 +281,7 @@ def _freeze(layer: Any, names: list[str], recorded: dict[int, bool], *, behind_r
             memory.settings.setdefault("__class__", type(layer))
             layer.__class__ = SyncBatchNorm
         changed = True
-    layer.__dict__[_MEMORY] = memory
+    layer.__dict__[FROZEN] = memory
     return changed
 
 

@@ -206,8 +206,8 @@ def _check(layer: Any, kind: NormKind, groups: int | None) -> None:
         if kind_of(layer) == "layer_norm":
             reason = f"{name} normalizes over features, which no other kind does"
         raise SurgeryError(reason)
-    if "forward" in vars(layer):
-        raise SurgeryError(captured_obstacle(layer))
+    if (captured := captured_obstacle(layer)) is not None:
+        raise SurgeryError(captured)
     if is_frozen(layer):
         raise SurgeryError(f"this {name} is frozen; thaw it first")
     if not is_fused(getattr(layer, "_act", None)):

@@ -10,7 +10,7 @@ import paddle
 from flatwater.errors import SurgeryError
 from flatwater.paddle import layers
 from flatwater.paddle.captured import capture_anew
-from flatwater.paddle.kinds import BATCH_NORMS, captured_obstacle, normalizes_by_batch, subclass_obstacle
+from flatwater.paddle.kinds import BATCH_NORMS, FROZEN, captured_obstacle, normalizes_by_batch, subclass_obstacle
 from flatwater.paddle.running import layers_of
 from flatwater.paddle.sync.groups import Sharing
 from flatwater.paddle.sync.layer import SyncBatchNorm
@@ -91,7 +91,7 @@ def revert_sync_batchnorm(model: paddle.nn.Layer) -> ChangeReport:
         if former is None:
             report.left[path] = "was built as a SyncBatchNorm"
             continue
-        if former is paddle.nn.SyncBatchNorm and layer._use_global_stats:
+        if former is paddle.nn.SyncBatchNorm and layer._use_global_stats and FROZEN in vars(layer):
             report.left[path] = "is frozen, which Paddle's SyncBatchNorm does not look at; thaw it first"
             continue
         for name in _ADDED:
@@ -108,8 +108,8 @@ def _obstacle(layer: Any) -> str | None:
         return "is synchronised already"
     if type(layer) not in _CLASSES:
         return subclass_obstacle(layer)
-    if "forward" in vars(layer):
-        return captured_obstacle(layer)
+    if (captured := captured_obstacle(layer)) is not None:
+        return captured
     if normalizes_by_batch(layer, training=False):
         # Paddle's two ways to say so: nn.BatchNorm's, and that of BatchNorm1D/2D/3D.
         setting = "trainable_statistics=True" if isinstance(layer, paddle.nn.BatchNorm) else "use_global_stats=False"
