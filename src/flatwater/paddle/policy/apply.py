@@ -34,8 +34,8 @@ def apply_policy(
     Layers and parameters stay the same objects, so that optimizers made before go on working; yet call
     ``applied.prepare(optimizer)`` for those, and for AdamW, Lamb and parameter groups in any case. What ``to_static``
     captured of ``model`` is captured anew at the next call, also after what is frozen later; a momentum schedule, and
-    rules that look at ``inputs``, need a model without ``full_graph=True``. Initial
-    values of γ and β are written over what is there, trained or not.
+    rules that look at ``inputs``, need a model without ``full_graph=True``.
+    Initial values of γ and β are written over what is there, trained or not.
 
     Args:
         policy: a :class:`flatwater.policy.Policy`, the path of its YAML file, or a list of rules as dicts.
