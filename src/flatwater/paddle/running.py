@@ -34,6 +34,9 @@ __all__ = [
 ]
 
 
+_NUMBERS = (bool, int, float, np.number, np.bool_, type(None))
+
+
 class Inputs:
     """Example inputs, as the arguments with which a model is called: tensors, or what :func:`as_inputs` nests."""
 
@@ -74,12 +77,14 @@ def map_tensors(value: Any, change: Callable[[Any], Any]) -> Any:
         return {name: map_tensors(item, change) for name, item in value.items()}
     if isinstance(value, list | tuple):
         items = [map_tensors(item, change) for item in value]
-        return items if isinstance(value, list) else tuple(items)
+        if isinstance(value, list):
+            return items
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
     return change(value)
 
 
 def _nest(value: Any) -> Any:
-    return map_tensors(value, lambda item: item if isinstance(item, bool | int | float | None) else _tensor(item))
+    return map_tensors(value, lambda item: item if isinstance(item, _NUMBERS) else _tensor(item))
 
 
 def _tensor(value: Any) -> paddle.Tensor:

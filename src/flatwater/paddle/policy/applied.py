@@ -15,7 +15,7 @@ from flatwater.momentum import Unit
 from flatwater.paddle.captured import capture_anew
 from flatwater.paddle.choosing.schedule import MomentumSchedule
 from flatwater.paddle.running import layers_of
-from flatwater.paddle.surgery.freeze import freeze, frozen_parts, thaw
+from flatwater.paddle.surgery.freeze import freeze_layers, frozen_parts, thaw_layers
 from flatwater.paddle.surgery.snapshot import Snapshot
 from flatwater.surgery.applied import PolicyReport
 
@@ -27,7 +27,7 @@ __all__ = [
     "Learning",
     "PolicyCallback",
     "float32_layers",
-    "freeze_layers",
+    "freeze_now",
     "mark_float32",
     "thaws_more",
 ]
@@ -138,8 +138,8 @@ class AppliedPolicy(PolicyReport):
     def undo(self) -> None:
         """Make the norm layers bit for bit what they were before the policy, whatever was trained since.
 
-        Modes (``train()``, ``eval()``) and gradients stay as they are now, and an optimizer that :meth:`prepare` told
-        goes on decaying as it was told.
+        Modes (``train()``, ``eval()``), gradients, dtypes and what ``to_static`` put into a layer stay as they are now,
+        and an optimizer that :meth:`prepare` told goes on decaying as it was told.
 
         Raises:
             SurgeryError: it was undone already.
@@ -184,7 +184,7 @@ class AppliedPolicy(PolicyReport):
         before = Snapshot(layer for _, layers in due for layer in layers.values())
         try:
             for when, layers in due:
-                freeze_layers(self.model, when, layers)  # and whatever was frozen since stays so
+                freeze_now(self.model, when, layers)  # and whatever was frozen since stays so
         except BaseException:
             before.restore()
             raise
@@ -223,7 +223,7 @@ def float32_layers(model: paddle.nn.Layer) -> list[paddle.nn.Layer]:
     return [layer for _, layer in layers_of(model) if vars(layer).get(_KEEP_FLOAT32)]
 
 
-def freeze_layers(model: paddle.nn.Layer, what: Freeze, layers: Mapping[str, Any], *, only: bool = False) -> None:
+def freeze_now(model: paddle.nn.Layer, what: Freeze, layers: Mapping[str, Any], *, only: bool = False) -> None:
     """Freeze of these layers what is to be, as far as they have it.
 
     Args:
@@ -240,10 +240,10 @@ def freeze_layers(model: paddle.nn.Layer, what: Freeze, layers: Mapping[str, Any
                 f"the {type(layer).__name__} that was at {path!r} is no longer in the {type(model).__name__}, so that "
                 f"it cannot be frozen ({what}); apply the policy to the model as it is now"
             )
-        pattern = glob.escape(present[id(layer)])
+        one = {present[id(layer)]: layer}
         if only and thaws_more(layer, what):
-            thaw(model, pattern=pattern)
-        freeze(model, affine=what.affine, statistics=what.statistics, pattern=pattern)
+            thaw_layers(model, one)
+        freeze_layers(model, one, weight=what.affine, bias=what.affine, statistics=what.statistics)
 
 
 def thaws_more(layer: Any, what: Freeze) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +15,11 @@ from flatwater.paddle.captured import capture_anew
 from flatwater.paddle.choosing.advise import UNREACHED, advise_layer, why_it_stays
 from flatwater.paddle.choosing.walk import batches_of, inputs_of
 from flatwater.paddle.kinds import BATCH_NORMS
-from flatwater.paddle.policy.applied import AppliedPolicy, Learning, freeze_layers, mark_float32, thaws_more
+from flatwater.paddle.policy.applied import AppliedPolicy, Learning, freeze_now, mark_float32, thaws_more
 from flatwater.paddle.policy.residual import block_ends
 from flatwater.paddle.running import Inputs, layers_of
 from flatwater.paddle.select import paths_of
-from flatwater.paddle.surgery.freeze import is_frozen, thaw
+from flatwater.paddle.surgery.freeze import is_frozen, thaw_layers
 from flatwater.paddle.surgery.recast import affine_of, is_recast, kind_of, recast, restore
 from flatwater.paddle.surgery.snapshot import Snapshot
 from flatwater.policy import Chosen, Freeze, Momentum, NormInfo, Policy
@@ -199,7 +198,7 @@ class _Work:
         """Freeze what is to be frozen now, and keep the rest for later."""
         for what, layers in self._frozen.items():
             if what.now:
-                freeze_layers(self.applied.model, what, layers, only=True)
+                freeze_now(self.applied.model, what, layers, only=True)
             else:
                 self.applied.postpone(what, layers)
 
@@ -312,7 +311,7 @@ class _Work:
     def _set_freeze(self, entry: PolicyEntry, layer: Any, fields: dict[str, Chosen]) -> str | None:
         freeze: Freeze = fields["freeze"].value
         if freeze.what == "none":
-            return "thawed" if thaw(self.applied.model, pattern=glob.escape(entry.path)).changed else None
+            return "thawed" if thaw_layers(self.applied.model, {entry.path: layer}).changed else None
         affine = freeze.affine and any(tensor is not None for tensor in affine_of(layer))
         statistics = freeze.statistics and isinstance(layer, BATCH_NORMS)
         if not (affine or statistics):

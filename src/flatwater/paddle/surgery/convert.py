@@ -6,7 +6,6 @@ refers to the layer stay what they are, because it is still the same object. Opt
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
@@ -18,7 +17,7 @@ from flatwater.paddle.captured import capture_anew
 from flatwater.paddle.kinds import BATCH_NORMS, captured_obstacle, normalizes_by_batch, subclass_obstacle
 from flatwater.paddle.norm import NormLayer
 from flatwater.paddle.select import select
-from flatwater.paddle.surgery.freeze import BEFORE_CONVERT, freeze, frozen_parts, is_frozen, thaw
+from flatwater.paddle.surgery.freeze import BEFORE_CONVERT, freeze_layers, frozen_parts, is_frozen, thaw_layers
 from flatwater.paddle.surgery.recast import NormKind, is_fused, is_recast, kind_of, recast, restore
 from flatwater.paddle.surgery.snapshot import Snapshot
 from flatwater.paddle.sync.convert import revert_sync_batchnorm
@@ -202,7 +201,7 @@ def _freeze(model: paddle.nn.Layer, path: str, layer: Any) -> None:
     if not isinstance(layer, BATCH_NORMS):
         raise SurgeryError(f"{type(layer).__name__} has no moving statistics to freeze")
     parts = frozen_parts(layer)
-    report = freeze(model, pattern=glob.escape(path))
+    report = freeze_layers(model, {path: layer}, weight=True, bias=True, statistics=True)
     if report.left:
         raise SurgeryError(report.left[path])
     vars(layer).setdefault(BEFORE_CONVERT, parts)
@@ -213,8 +212,5 @@ def _thaw(model: paddle.nn.Layer, path: str, layer: Any) -> bool:
     if BEFORE_CONVERT not in vars(layer):
         return False
     weight, bias, statistics = vars(layer)[BEFORE_CONVERT]
-    # In the model, so that parameters shared with other frozen layers are seen.
-    thawed = bool(thaw(model, pattern=glob.escape(path)).changed)
-    if thawed and (weight or bias or statistics):
-        freeze(model, weight=weight, bias=bias, statistics=statistics, pattern=glob.escape(path))
-    return thawed
+    report = thaw_layers(model, {path: layer}, weight=not weight, bias=not bias, statistics=not statistics)
+    return bool(report.changed)

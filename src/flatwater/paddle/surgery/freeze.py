@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,16 @@ from flatwater.paddle.sync.layer import SyncBatchNorm
 from flatwater.surgery import ChangeReport, check_statistics
 from flatwater.surgery.frozen import FreezeReport, FrozenReport, departure
 
-__all__ = ["BEFORE_CONVERT", "freeze", "frozen_parts", "frozen_report", "is_frozen", "thaw"]
+__all__ = [
+    "BEFORE_CONVERT",
+    "freeze",
+    "freeze_layers",
+    "frozen_parts",
+    "frozen_report",
+    "is_frozen",
+    "thaw",
+    "thaw_layers",
+]
 
 # Where a layer that convert(model, "frozen") froze keeps what of it was frozen before. Thawing forgets it.
 BEFORE_CONVERT = "_flatwater_frozen_before_convert"
@@ -42,6 +51,13 @@ class _Memory:
     settings: dict[str, Any] = field(default_factory=dict)
     copies: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
     behind_reducer: bool = False
+
+    def without(self, names: Set[str]) -> _Memory | None:
+        """The same, but for these tensors (the settings are the statistics'); None if nothing else is frozen."""
+        copies = {name: copy for name, copy in self.copies.items() if name not in names}
+        flags = {name: flag for name, flag in self.flags.items() if name not in names}
+        settings = {} if "_mean" in names else self.settings
+        return _Memory(flags, settings, copies, self.behind_reducer) if copies else None
 
 
 def freeze(
@@ -81,8 +97,15 @@ def freeze(
     weight, bias = (affine if own is None else own for own in (weight, bias))
     if not (weight or bias or statistics):
         raise SurgeryError("freeze() was asked for neither γ, β nor statistics; set one of them to True")
+    return freeze_layers(model, _matching(model, pattern), weight=weight, bias=bias, statistics=statistics)
+
+
+def freeze_layers(
+    model: paddle.nn.Layer, layers: Mapping[str, Any], *, weight: bool, bias: bool, statistics: bool
+) -> FreezeReport:
+    """What :func:`freeze` does, of these norm layers of ``model``, by the paths to report them by."""
     report = FreezeReport()
-    chosen = _choose(model, pattern, report, weight=weight, bias=bias, statistics=statistics)
+    chosen = _choose(layers, report, weight=weight, bias=bias, statistics=statistics)
     reduces = _reduces(model)
     if reduces and (weight or bias) and not model.find_unused_parameters:
         raise SurgeryError(
@@ -114,25 +137,49 @@ def thaw(model: paddle.nn.Layer, *, pattern: str | Sequence[str] | None = None) 
         SurgeryError: no norm layer matches ``pattern``, or the model is a DataParallel that was made when parameters
             to be thawed were frozen, so that it would not average their gradients; nothing was changed.
     """
+    return thaw_layers(model, _matching(model, pattern))
+
+
+def thaw_layers(
+    model: paddle.nn.Layer,
+    layers: Mapping[str, Any],
+    *,
+    weight: bool = True,
+    bias: bool = True,
+    statistics: bool = True,
+) -> ChangeReport:
+    """What :func:`thaw` does, of these norm layers of ``model``, by the paths to report them by.
+
+    Args:
+        weight, bias, statistics: what of them; the rest stays frozen, since when it was.
+    """
     report = ChangeReport()
-    matching = _matching(model, pattern)
-    frozen = [(path, layer, memory) for path, layer in matching if (memory := _memory_of(layer)) is not None]
-    if _reduces(model) and any(memory.flags and not memory.behind_reducer for _, _, memory in frozen):
+    names = ({"weight", "scale"} if weight else set()) | ({"bias"} if bias else set())
+    names |= set(_STATISTICS) if statistics else set()
+    frozen = []
+    for path, layer in layers.items():
+        memory = _memory_of(layer)
+        if memory is not None and names & memory.copies.keys():
+            frozen.append((path, layer, memory))
+        else:
+            report.left[path] = "is not frozen"
+    if _reduces(model) and any(names & memory.flags.keys() and not memory.behind_reducer for _, _, memory in frozen):
         raise SurgeryError(
             "this DataParallel was made when γ or β were frozen, and would not average their gradients; thaw the "
             "model that it wraps, and wrap it again"
         )
-    report.left = {path: "is not frozen" for path, layer in matching if not is_frozen(layer)}
-    for _, layer, _ in frozen:
-        del layer.__dict__[FROZEN]
+    for _, layer, memory in frozen:
         layer.__dict__.pop(BEFORE_CONVERT, None)
+        del layer.__dict__[FROZEN]
+        if rest := memory.without(names):
+            layer.__dict__[FROZEN] = rest
     shared = _recorded_flags(model)
     for path, layer, memory in frozen:
-        for name, flag in memory.flags.items():
+        for name in names & memory.flags.keys():
             parameter = getattr(layer, name)
             if parameter is not None and id(parameter) not in shared:
-                parameter.stop_gradient = flag
-        for name, value in memory.settings.items():
+                parameter.stop_gradient = memory.flags[name]
+        for name, value in memory.settings.items() if statistics else ():
             setattr(layer, name, value)
         if _is_stock(layer):
             layer.__dict__.pop("_accepted", None)  # what the layer looked up while it was ours
@@ -188,17 +235,11 @@ def frozen_parts(layer: paddle.nn.Layer) -> tuple[bool, bool, bool]:
 
 
 def _choose(
-    model: paddle.nn.Layer,
-    pattern: str | Sequence[str] | None,
-    report: FreezeReport,
-    *,
-    weight: bool,
-    bias: bool,
-    statistics: bool,
+    layers: Mapping[str, Any], report: FreezeReport, *, weight: bool, bias: bool, statistics: bool
 ) -> list[tuple[str, paddle.nn.Layer, list[str]]]:
     """The layers to freeze, each with the names of its tensors to freeze; what stays out is noted."""
     chosen = []
-    for path, layer in _matching(model, pattern):
+    for path, layer in layers.items():
         wanted, missing = _parts(layer, weight=weight, bias=bias, statistics=statistics)
         lacks = f"{type(layer).__name__} has no {' and no '.join(missing)}"
         if not wanted:
@@ -221,10 +262,10 @@ def _choose(
     return chosen
 
 
-def _matching(model: paddle.nn.Layer, pattern: str | Sequence[str] | None) -> list[tuple[str, paddle.nn.Layer]]:
+def _matching(model: paddle.nn.Layer, pattern: str | Sequence[str] | None) -> dict[str, Any]:
     """The norm layers that ``pattern`` selects."""
     kinds = (*BATCH_NORMS, *SAMPLE_NORMS)
-    return list(select(model, lambda layer: isinstance(layer, kinds), pattern, "norm layer").items())
+    return select(model, lambda layer: isinstance(layer, kinds), pattern, "norm layer")
 
 
 def _memory_of(layer: paddle.nn.Layer) -> _Memory | None:

@@ -13,6 +13,10 @@ from flatwater.paddle.running import flatten, to_numpy
 __all__ = ["Snapshot"]
 
 
+# What of a layer a training that goes on, and whoever works with the model meanwhile, may have changed for good.
+_OF_NOW = ("training", "forward", "_dtype")
+
+
 class _Saved(NamedTuple):
     layer: Any
     kind: type
@@ -43,23 +47,30 @@ class Snapshot:
         """Make everything what it was. Parameters are the same objects.
 
         Args:
-            running: what a training that goes on has moved as well, modes and gradients; False where this is not the
-                end of something that failed, but later.
+            running: modes, gradients, dtypes, and a ``forward`` put into a layer, as by ``to_static``, as well; False
+                where this is not the end of something that failed, but later: then these are as they are now.
         """
         for layer, kind, attributes, parameters in self._layers:
-            training = layer.training
+            now = {name: vars(layer)[name] for name in _OF_NOW if name in vars(layer)}
+            dtypes = [one.dtype for one in layer._parameters.values() if one is not None]
             layer.__class__ = kind
             vars(layer).clear()
             vars(layer).update(attributes)
-            if not running:
-                layer.training = training
             layer._parameters.clear()
             layer._parameters.update(parameters)
+            if not running:
+                for name in _OF_NOW:
+                    vars(layer).pop(name, None)
+                vars(layer).update(now)
+                if dtypes and any(one is not None and one.dtype != dtypes[0] for one in parameters.values()):
+                    layer.to(dtype=dtypes[0])  # statistics that were aside while the model was cast
         for parameter, values, grad, stop_gradient, attributes in self._parameters:
             vars(parameter).clear()
             vars(parameter).update(attributes)
             parameter.stop_gradient = stop_gradient
-            if to_numpy(parameter).tobytes() != to_numpy(values).tobytes():
+            if parameter.dtype != values.dtype:
+                parameter.set_value(values.astype(parameter.dtype))
+            elif to_numpy(parameter).tobytes() != to_numpy(values).tobytes():
                 parameter.set_value(values)
             if running and grad is not None and parameter.grad is None:
                 parameter.grad = grad
