@@ -169,7 +169,7 @@ struct Batch {
     // ---- rows of columns ----------------------------------------------------------------------
 
     static Block block_of(const RowLayout &layout, const Tile &tile) {
-        return {tile.rows, tile.columns, layout.columns, tile.column};
+        return {tile.rows, tile.columns, layout.columns, tile.column, !layout.last};
     }
 
     static void row_statistics(const Problem &p) {

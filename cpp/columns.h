@@ -60,9 +60,11 @@ struct GradientOf {
           offset(fetch<T, V>(c.field(6) + j)) {}
 };
 
-// A tile's place in memory: its rows lie `stride` apart; `column` is its first among the Columns.
+// A tile's place in memory: its rows lie `stride` apart; `column` is its first among the Columns. Of tiny planes in
+// channels-first memory the rows are samples, and few: there, sums of gradients go on in double sooner.
 struct Block {
     index rows, columns, stride, column;
+    bool few_rows = false;
 
     // From an element to one that is worked on bytes_ahead later: whole groups of rows.
     template <class S>
@@ -86,11 +88,11 @@ inline index slots(index columns) {
     return (columns + Lanes<V>::count - 1) / Lanes<V>::count;
 }
 
-// Calls body<rows>(r) for whole groups of rows, and body<1>(r) for those left over; or the other way round.
-template <class Body>
+// Calls body<group>(r) for whole groups of rows, and body<1>(r) for those left over; or the other way round.
+template <index group, class Body>
 inline void each_group(index rows, const Body &body) {
     index r = 0;
-    for (; r + rows_summed <= rows; r += rows_summed) body.template operator()<rows_summed>(r);
+    for (; r + group <= rows; r += group) body.template operator()<group>(r);
     for (; r < rows; ++r) body.template operator()<1>(r);
 }
 template <class Body>
@@ -174,7 +176,7 @@ void vector_column_moments(const S *x, const Block &b, double *mean, double *m2)
     });
     for (index start = 0; start < b.rows; start += pivot_rows) {
         const index end = smaller(b.rows, start + pivot_rows);
-        each_group(end - start, [&]<index rows>(index r) {
+        each_group<rows_summed>(end - start, [&]<index rows>(index r) {
             const S *group = x + (start + r) * b.stride;
             each_slot<V>(b.columns, [&](index slot, index j) {
                 const V pivot = moments[slot].pivot;
@@ -286,7 +288,7 @@ void vector_columns_sums(const At<S> &all, const Block &b, const Columns<typenam
     Wide dz_sum[most], dz_xhat_sum[most];
     each_slot<V>(b.columns, [&](index slot, index) { dz_sum[slot] = dz_xhat_sum[slot] = Wide{}; });
     const index ahead = b.ahead<S>();
-    each_group(b.rows, [&]<index rows>(index r) {
+    const auto add_group = [&]<index rows>(index r) {
         each_slot<V>(b.columns, [&](index slot, index j) {
             const AffineOf<V> f(c, b.column + j);
             const V unit = fetch<typename Element<S>::Compute, V>(c.field(3) + b.column + j);
@@ -307,7 +309,8 @@ void vector_columns_sums(const At<S> &all, const Block &b, const Columns<typenam
             dz_sum[slot] += widen_lanes<V>(sum + odd_sum);
             dz_xhat_sum[slot] += widen_lanes<V>(product + odd_product);
         });
-    });
+    };
+    b.few_rows ? each_group<2>(b.rows, add_group) : each_group<rows_summed>(b.rows, add_group);
     each_slot<V>(b.columns, [&](index slot, index j) {
         __builtin_memcpy(dz_sums + j, &dz_sum[slot], sizeof(Wide));
         __builtin_memcpy(dz_xhat_sums + j, &dz_xhat_sum[slot], sizeof(Wide));

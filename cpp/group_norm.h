@@ -40,7 +40,7 @@ struct Group {
     }
 
     // Channels-first, a group of one sample is one piece, and so is each of its planes.
-    static Pieces plane(const Problem &p, index i) { return {i * p.shape.inner, 1, p.shape.inner, 0}; }
+    static Pieces plane(const Problem &p, index i) { return {i * p.shape.inner, 1, p.shape.inner, p.shape.inner}; }
 
     static Moments group_moments(const Problem &p, index i) {
         const index length = group_channels(p) * p.shape.inner;

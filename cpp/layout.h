@@ -38,6 +38,9 @@ constexpr index largest_ahead = 256 << 10;
 // A result of this size does not stay in any cache until it is read again.
 constexpr index streaming_bytes = index(16) << 20;
 
+// Shorter planes are streamed from this size on only by processors that would rather write memory in longer runs.
+constexpr index long_plane = 4 << 10, streaming_bytes_short = index(28) << 20;
+
 // Memory for a call's own partial results.
 template <class T>
 class Scratch {
@@ -192,12 +195,19 @@ bool is_large(const Problem &p) {
 // all there is.
 template <class S>
 bool streams_planes(const Problem &p) {
-    return is_large<S>(p) && p.shape.inner * index(sizeof(S)) >= 4 * line_bytes;
+    const index plane = p.shape.inner * index(sizeof(S)), all = p.shape.elements() * index(sizeof(S));
+    if (!is_large<S>(p) || plane < 4 * line_bytes) return false;
+    if (plane >= long_plane || !machine().long_runs) return true;
+    // What counts is all that a step reads and writes: six tensors with a residual, else four.
+    return (p.residual || p.dresidual ? 6 : 4) * all >= 4 * streaming_bytes_short;
 }
+
+// Of what only asks for memory, GCC 12 believes that it does nothing, and drops the calls that are not inlined by then.
+#define FLATWATER_HINT [[gnu::always_inline]] inline
 
 // Asks for the cache line of p: a hint, so p may lie outside every tensor.
 template <class S>
-inline void prefetch(const S *p) {
+FLATWATER_HINT void prefetch(const S *p) {
     __builtin_prefetch(p, 0, 3);
 }
 
@@ -223,7 +233,7 @@ struct At {
     }
 
     // What is read at i.
-    void prefetch_inputs(index i) const {
+    FLATWATER_HINT void prefetch_inputs(index i) const {
         prefetch(x + i);
         if (residual) prefetch(residual + i);
         if (dy) prefetch(dy + i);

@@ -1,19 +1,10 @@
 // Loops over the pieces of a channel in channels-first memory: runs of consecutive elements.
-//
-// A piece that is no whole number of vectors ends with a vector that begins earlier: what it writes twice
-// is the same, and where it sums, the lanes that were there before are cleared. A piece narrower than a
-// vector is taken in scalars, by the same loops.
 #pragma once
 
 #include "activation.h"
-#include "elements.h"
-#include "layout.h"
+#include "walk.h"
 
 namespace flatwater::FLATWATER_ISA {
-
-// Values that a lane sums in its own precision. Short, for when the mean is 10^4 deviations the deviations are
-// multiples of a coarse unit, and roundings of a longer sum of squares all lean one way.
-constexpr index short_run = 8;
 
 // dz, and on the way x - shift. F: Affine, of one channel or of a vector of them. y lies where the residual does else.
 template <class S, class V, Activation A, class F>
@@ -24,39 +15,6 @@ inline V gradient_at(const At<S> &at, index i, const F &f, V &shifted) {
     V z = shifted * f.scale + f.offset;
     if (at.residual) z += fetch<S, V>(at.residual + i);
     return activation_gradient<A, V>(z, fetch<S, V>(at.dy + i));
-}
-
-// The last vector of a piece, where it is not whole: where it begins, and which of its lanes are new.
-template <class V>
-struct Rest {
-    using Bits = typename Lanes<V>::bits;
-    index at;
-    bool any;
-    Bits keep;
-
-    explicit Rest(index length) : at(length - Lanes<V>::count), any(length % Lanes<V>::count != 0), keep{} {
-        constexpr index width = Lanes<V>::count;
-        if constexpr (width > 1)
-            for (index i = 0; i < width; ++i) keep[i] = i < width - length % width ? 0 : -1;
-    }
-    V only_new(const V &v) const { return bit_cast<V>(Bits(bit_cast<Bits>(v) & keep)); }
-};
-
-// Calls body<way>(i) for each whole vector in [begin, end), the ways in turn: 0, 1, … 3.
-template <class V, class Body>
-inline void four_ways(index begin, index end, const Body &body) {
-    constexpr index width = Lanes<V>::count;
-    index i = begin;
-    for (; i + 4 * width <= end; i += 4 * width) {
-        body.template operator()<0>(i);
-        body.template operator()<1>(i + width);
-        body.template operator()<2>(i + 2 * width);
-        body.template operator()<3>(i + 3 * width);
-    }
-    const index left = (end - i) / width;
-    if (left > 0) body.template operator()<0>(i);
-    if (left > 1) body.template operator()<1>(i + width);
-    if (left > 2) body.template operator()<2>(i + 2 * width);
 }
 
 template <class V>
@@ -83,52 +41,6 @@ typename Element<S>::Compute block_pivot(const S *x, const Pieces &block) {
     const double each = double(count * (length / width));
     const T pivot = T(sum_of_lanes<V>(sum) / (each * width));
     return pivot - pivot == 0 && __builtin_fabs(double(pivot)) > spread_of_lanes<V>(sum) / each ? pivot : T(0);
-}
-
-// Calls begin(c) and end(c) around what is done for channel c, body<way>(i) for the whole vectors of its pieces, four
-// ways in turn, last(i) for those that are not whole, which go the last way, and flush() before the sums of any way are
-// longer than a short run. i counts from the first piece. Of short pieces, all channels of a few samples come first.
-template <class V, class Begin, class Body, class Last, class Flush, class End>
-inline void in_short_runs(const Pieces &block, const Rest<V> &rest, const Begin &begin, const Body &body,
-                          const Last &last, const Flush &flush, const End &end) {
-    constexpr index longest = 4 * short_run * Lanes<V>::count;
-    const index run = short_run / (block.length / (4 * Lanes<V>::count) + 1);  // pieces; 0: not even one
-    for (index c = 0; c < block.channels && run == 0; ++c) {
-        begin(c);
-        for (index n = 0; n < block.count; ++n) {
-            const index piece = n * block.stride + c * block.length, stop = piece + block.length;
-            for (index start = piece; start < stop; start += longest) {
-                four_ways<V>(start, smaller(stop, start + longest), body);
-                flush();
-            }
-            if (rest.any) last(piece + rest.at);
-            flush();
-        }
-        end(c);
-    }
-    const index turn = block.channels == 1 ? block.count : run;  // pieces of a channel before it is the next one's turn
-    for (index first = 0; first < block.count && run > 0; first += turn) {
-        const index stop = smaller(first + turn, block.count);
-        for (index c = 0; c < block.channels; ++c) {
-            begin(c);
-            for (index done = first; done < stop; done += run) {
-                for (index n = done; n < smaller(done + run, stop); ++n) {
-                    const index piece = n * block.stride + c * block.length;
-                    four_ways<V>(piece, piece + block.length, body);
-                    if (rest.any) last(piece + rest.at);
-                }
-                flush();
-            }
-            end(c);
-        }
-    }
-}
-
-// What four ways have summed in the elements' own precision, on its way into a sum in double.
-template <class V>
-inline void move_into(typename Lanes<V>::wide &sum, V (&ways)[4]) {
-    sum += widen_lanes<V>(ways[0] + ways[1]) + widen_lanes<V>(ways[2] + ways[3]);
-    for (V &way : ways) way = V{};
 }
 
 // Of one channel, with every square in double: for values so far apart, or so close, that it is no number in float.
@@ -225,48 +137,23 @@ void block_moments(const S *x, const Pieces &block, const S *prefetched, Moments
     vector_moments<S, typename E::Vector>(x, block, prefetched, found);
 }
 
-// Calls body(i) for vectors that cover a piece, each with the place for what it returns. Streamed are whole cache lines
-// only: a line of which one half is streamed, and the other written otherwise, goes to memory in two.
-template <class S, class V, bool streaming, class Body>
-inline void fill_piece(S *out, index begin, index length, const Body &body) {
-    constexpr index width = Lanes<V>::count, line = line_bytes / index(sizeof(S));
-    const index end = begin + length;
-    index i = begin;
-    const auto place_until = [&](index stop) {
-        for (; i + width <= stop; i += width) place<S, V>(out + i, body(i));
-    };
-    if constexpr (streaming && width > 1) {
-        const index first = smaller(begin + before_multiple(out + begin, line_bytes), end);
-        if constexpr (width < line) place_until(first);
-        if (i < first) {
-            const index at = width < line ? smaller(i, end - width) : i;
-            place_lanes<S, V>(out + at, body(at), i - at, first - at);
-        }
-        for (i = first; i + line <= end; i += line)
-            for (index j = i; j < i + line; j += width) place_streaming<S, V>(out + j, body(j));
-        if constexpr (width < line) place_until(end);
-        if (i < end) place_lanes<S, V>(out + end - width, body(end - width), width - (end - i), width);
-    } else {
-        place_until(end);
-        if (i < end) place<S, V>(out + end - width, body(end - width));
-    }
-}
-
 // One Affine for each channel; `ahead` is how far from here lies what is worked on after this: 0 if nothing is.
 template <class S, class V, Activation A, bool streaming>
 FLATWATER_ONE_COPY
 void vector_apply(const At<S> &all, const Pieces &pieces, const Affine<typename Element<S>::Compute> *affine,
                   index ahead) {
     const At<S> at = all;  // copies: as far as the compiler knows, what it writes could change those of the caller
+    const Ends<S> ends(pieces, at.y);
     const auto piece_apply = [&](index n, index c) {
         const auto f = affine[c];
         const index piece = pieces.offset + n * pieces.stride + c * pieces.length;
         at.prefetch_inputs(piece + pieces.length - 1 + ahead);  // its line is begun by no vector
-        fill_piece<S, V, streaming>(at.y, piece, pieces.length, [=](index i) {
+        if constexpr (streaming) ends.prefetch(at.y, n, c);
+        fill_piece<S, V, streaming>(at.y, piece, pieces.length, [=](index i, const auto &put) {
             at.prefetch_inputs(i + ahead);
             V z = (fetch<S, V>(at.x + i) - f.shift) * f.scale + f.offset;
             if (at.residual) z += fetch<S, V>(at.residual + i);
-            return activate<A, V>(z);
+            put(at.y + i, activate<A, V>(z));
         });
     };
     for (index n = pieces.count - 1; n >= 0; --n)  // backwards: what was read last is still in cache
@@ -288,7 +175,7 @@ struct Prefetched {
     const S *first, *second;
 
     Prefetched plus(index offset) const { return {first + offset, second + offset}; }
-    void prefetch(index i) const {
+    FLATWATER_HINT void prefetch(index i) const {
         flatwater::FLATWATER_ISA::prefetch(first + i);
         flatwater::FLATWATER_ISA::prefetch(second + i);
     }
@@ -356,27 +243,32 @@ FLATWATER_ONE_COPY
 void vector_gradient(const At<S> &all, const Pieces &pieces, const Affine<typename Element<S>::Compute> *affine,
                      const Gradient<typename Element<S>::Compute> *gradients, index ahead) {
     const At<S> at = all;
+    const Ends<S> ends(pieces, at.dx ? at.dx : at.dresidual);
     const auto piece_gradient = [&](index n, index c) {
         const auto f = affine[c];
         const auto g = gradients[c];
         const index piece = pieces.offset + n * pieces.stride + c * pieces.length;
         at.prefetch_inputs(piece + pieces.length - 1 + ahead);
+        if constexpr (streaming) {
+            if (at.dx) ends.prefetch(at.dx, n, c);
+            if (at.dresidual) ends.prefetch(at.dresidual, n, c);
+        }
         const auto gradient = [=](index i, V &shifted) {
             at.prefetch_inputs(i + ahead);
             return gradient_at<S, V, A>(at, i, f, shifted);
         };
         if (!at.dx) {
-            fill_piece<S, V, streaming>(at.dresidual, piece, pieces.length, [=](index i) {
+            fill_piece<S, V, streaming>(at.dresidual, piece, pieces.length, [=](index i, const auto &put) {
                 V shifted;
-                return gradient(i, shifted);
+                put(at.dresidual + i, gradient(i, shifted));
             });
             return;
         }
-        fill_piece<S, V, streaming>(at.dx, piece, pieces.length, [=](index i) {
+        fill_piece<S, V, streaming>(at.dx, piece, pieces.length, [=](index i, const auto &put) {
             V shifted;
             const V dz = gradient(i, shifted);
-            if (at.dresidual) place<S, V>(at.dresidual + i, dz);
-            return V(dz * g.dz_scale + ((shifted * g.unit) * g.x_scale + g.offset));
+            if (at.dresidual) put(at.dresidual + i, dz);
+            put(at.dx + i, V(dz * g.dz_scale + ((shifted * g.unit) * g.x_scale + g.offset)));
         });
     };
     for (index n = pieces.count - 1; n >= 0; --n)
@@ -388,7 +280,9 @@ void pieces_gradient(const At<S> &at, const Pieces &pieces, const Affine<typenam
                      const Gradient<typename Element<S>::Compute> *g, bool streaming, index ahead) {
     using E = Element<S>;
     if (pieces.length < E::width) return vector_gradient<S, typename E::Compute, A, false>(at, pieces, f, g, ahead);
-    if (streaming) return vector_gradient<S, typename E::Vector, A, true>(at, pieces, f, g, ahead);
+    const bool in_step =
+        !at.dx || !at.dresidual || before_multiple(at.dx, line_bytes) == before_multiple(at.dresidual, line_bytes);
+    if (streaming && in_step) return vector_gradient<S, typename E::Vector, A, true>(at, pieces, f, g, ahead);
     vector_gradient<S, typename E::Vector, A, false>(at, pieces, f, g, ahead);
 }
 

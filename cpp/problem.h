@@ -60,7 +60,9 @@ const Kernels &kernels();
 
 // What is faster on some makers' processors and not on others'; no result depends on it.
 struct Machine {
-    bool long_runs;  // rows of many columns whole, rather than in tiles whose sums stay in the first-level cache
+    // Rows of many columns whole, rather than in tiles whose sums stay in the first-level cache; and no streaming of
+    // short planes that leaves the caches room for all tensors of a step.
+    bool long_runs;
 };
 
 // Of this processor, or of the maker that FLATWATER_TUNING names, "intel" or "other". std::invalid_argument if that is

@@ -226,7 +226,7 @@ struct HalfElement {
         return widen<vfloat>(words_of(halves), S{});
     }
     static void store(S *p, const Vector &v) {
-        const Halves halves = __builtin_convertvector(narrow<Words>(v, S{}), Halves);
+        const Halves halves = halves_of(v, S{});
         __builtin_memcpy(p, &halves, sizeof halves);
     }
     static float get(const S *p) { return widen<float>(std::uint32_t(p->bits), S{}); }
@@ -243,6 +243,26 @@ struct HalfElement {
         return __builtin_convertvector(halves, Words);
 #endif
     }
+    template <class Half>
+    static Halves halves_of(const Vector &v, Half) {
+        return __builtin_convertvector(narrow<Words>(v, Half{}), Halves);
+    }
+#if defined(__AVX512F__)
+    // The same bits, in six instructions instead of eight.
+    static Halves halves_of(const Vector &v, bf16) {
+        const __m512i bits = bit_cast<__m512i>(v);
+        const __m512i odd = _mm512_set1_epi32(0x10000), quiet = _mm512_set1_epi32(0x400000);
+        const __mmask16 nan = _mm512_cmp_ps_mask(bit_cast<__m512>(v), bit_cast<__m512>(v), _CMP_UNORD_Q);
+        __m512i rounded = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+        rounded = _mm512_mask_add_epi32(rounded, _mm512_test_epi32_mask(bits, odd), rounded, _mm512_set1_epi32(1));
+        rounded = _mm512_mask_or_epi32(rounded, nan, bits, quiet);
+        const VectorOf<std::uint16_t>::type upper{1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
+        struct Two {
+            Halves low, high;
+        };
+        return bit_cast<Two>(_mm512_permutexvar_epi16(bit_cast<__m512i>(upper), rounded)).low;
+    }
+#endif
 };
 
 template <>

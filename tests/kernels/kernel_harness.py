@@ -267,11 +267,15 @@ def backward(
     want_dresidual: bool | None = None,
     y: np.ndarray | None = None,
     offset: int = 0,
+    apart: int = 0,
 ) -> Backward:
-    """With ``y``, the activation's slope is taken from it and the residual is not handed over."""
+    """With ``y``, the activation's slope is taken from it and the residual is not handed over.
+
+    ``dresidual`` lies ``apart`` elements further behind a 64-byte boundary than ``dx``.
+    """
     want_dresidual = case.residual is not None if want_dresidual is None else want_dresidual
     dx = like(case.x, offset) if want_dx else None
-    dresidual = like(case.x, offset) if want_dresidual else None
+    dresidual = like(case.x, offset + apart) if want_dresidual else None
     sums = Sums.empty(case.channels)
     tensors = [None if array is None else case.buffer(array) for array in (case.dy, case.x, dx, dresidual)]
     given = case.given() | moments.normalizing() | sums.given()
@@ -363,6 +367,28 @@ def check_gradients(case: Case, actual: Backward, statistics: reference.Statisti
         largest = per_channel(case, dz) if case.groups is None else dz.max(initial=0.0)
         spread = per_channel(case, broadcast_sets(case, inv_std))
         assert_near(actual.dx, expected.x, weight * spread * largest * (1 + largest_x_hat), case, "dx")
+
+
+def check_rounding() -> None:
+    """Every number that bfloat16 has, and all halfway between two of them, rounded to nearest even; NaN stays NaN."""
+    x = place(np.arange(2**16, dtype=np.uint16).view(numpy_dtype("bfloat16"))[None, None], numpy_dtype("bfloat16"))
+    y = like(x)
+    for factor in (1.0, 1 + 2.0**-8, 1 - 2.0**-8, 1 + 2.0**-9):
+        kernels.batch_normalize(
+            kernels.Buffer.from_numpy(x),
+            kernels.Buffer.from_numpy(y),
+            mean=np.zeros(1),
+            inv_std=np.ones(1),
+            weight=kernels.Vector.from_numpy(np.array([factor], np.float32)),
+            bias=None,
+            residual=None,
+            activation="none",
+        )
+        with np.errstate(over="ignore", invalid="ignore"):
+            expected = (x.astype(np.float32) * np.float32(factor) + np.float32(0)).astype(x.dtype)
+        number = x == x
+        assert np.array_equal(y == y, number)
+        assert same_bits(y[number], expected[number]), factor
 
 
 def sums_as(case: Case) -> Case:

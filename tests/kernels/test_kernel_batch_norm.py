@@ -19,6 +19,7 @@ from kernel_harness import (
     backward,
     check_backward,
     check_forward,
+    check_rounding,
     forward,
     like,
     make_case,
@@ -84,6 +85,24 @@ def test_planes_that_begin_and_end_within_cache_lines_beyond_every_cache(dtype: 
     case = make_case((samples, 337, 197), dtype, activation="relu", residual=True)
     check_forward(case, offset=1)
     check_backward(case, offset=3)
+
+
+@pytest.mark.parametrize("inner", [197, 2048])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_that_lie_differently_in_cache_lines_beyond_every_cache(dtype: str, inner: int) -> None:
+    """Where the lines of one are whole, those of the other are not."""
+    samples = -(-(2**24) // (337 * inner * (4 if dtype == "float32" else 2)))
+    case = make_case((samples, 337, inner), dtype, activation="relu", residual=True)
+    moments = forward(case)[1]
+    expected = backward(case, moments)
+    for offset, apart in ((0, 5), (3, 1), (7, 9)):
+        found = backward(case, moments, offset=offset, apart=apart)
+        assert same_bits(found.dx, expected.dx)
+        assert same_bits(found.dresidual, expected.dresidual)
+
+
+def test_bfloat16_rounds_to_nearest() -> None:
+    check_rounding()
 
 
 @pytest.mark.parametrize("shape", TASKS, ids=str)
