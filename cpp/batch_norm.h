@@ -168,8 +168,8 @@ struct Batch {
 
     // ---- rows of columns ----------------------------------------------------------------------
 
-    static Block block_of(const RowLayout &layout, const Tile &tile) {
-        return {tile.rows, tile.columns, layout.columns, tile.column, !layout.last};
+    static Block block_of(const Problem &p, const RowLayout &layout, const Tile &tile) {
+        return {tile.rows, tile.columns, layout.columns, tile.column, !layout.last, asks_second<S>(p)};
     }
 
     static void row_statistics(const Problem &p) {
@@ -178,7 +178,7 @@ struct Batch {
         parallel_for(layout.tasks(), p.shape.elements(), [&](index task) {
             const Tile tile(layout, task);
             const index to = tile.chunk * layout.columns + tile.column;
-            column_moments(At<S>(p, tile.offset).x, block_of(layout, tile), &mean[to], &m2[to]);
+            column_moments(At<S>(p, tile.offset).x, block_of(p, layout, tile), &mean[to], &m2[to]);
         });
         // A chunk after the other, all channels of it in a row: they share counts, and so the divisions.
         Scratch<double> sets(layout.columns_each > 1 ? 2 * layout.channels : 0);
@@ -221,7 +221,7 @@ struct Batch {
         set_columns(p, layout, false, columns);
         parallel_for_backwards(layout.tasks(), p.shape.elements(), [&](index task) {
             const Tile tile(layout, task);
-            columns_apply<S, A>(At<S>(p, tile.offset), block_of(layout, tile), columns, is_large<S>(p));
+            columns_apply<S, A>(At<S>(p, tile.offset), block_of(p, layout, tile), columns, is_large<S>(p));
             finish_streaming();
         });
     }
@@ -235,7 +235,7 @@ struct Batch {
         parallel_for(layout.tasks(), p.shape.elements(), [&](index task) {
             const Tile tile(layout, task);
             const index to = tile.chunk * layout.columns + tile.column;
-            columns_sums<S, A>(At<S>(p, tile.offset), block_of(layout, tile), columns, &dz[to], &dz_xhat[to]);
+            columns_sums<S, A>(At<S>(p, tile.offset), block_of(p, layout, tile), columns, &dz[to], &dz_xhat[to]);
         });
         for (index c = 0; c < layout.channels; ++c) p.sum_dz[c] = p.sum_dz_xhat[c] = 0;
         for (index chunk = 0; chunk < layout.chunks; ++chunk) {
@@ -252,7 +252,7 @@ struct Batch {
         set_columns(p, layout, true, columns);
         parallel_for_backwards(layout.tasks(), p.shape.elements(), [&](index task) {
             const Tile tile(layout, task);
-            columns_gradient<S, A>(At<S>(p, tile.offset), block_of(layout, tile), columns, is_large<S>(p));
+            columns_gradient<S, A>(At<S>(p, tile.offset), block_of(p, layout, tile), columns, is_large<S>(p));
             finish_streaming();
         });
     }

@@ -64,7 +64,7 @@ struct GradientOf {
 // channels-first memory the rows are samples, and few: there, sums of gradients go on in double sooner.
 struct Block {
     index rows, columns, stride, column;
-    bool few_rows = false;
+    bool few_rows = false, asks_second = false;
 
     // From an element to one that is worked on bytes_ahead later: whole groups of rows.
     template <class S>
@@ -152,7 +152,7 @@ Moments exact_column(const S *x, index rows, index stride) {
 
 // Mean and m2 of each column. The pivot of a column, from which deviations are taken, is the mean of the rows
 // just before: so that x is read once. Were those far off, then by a distance that is itself part of m2.
-template <class S, class V>
+template <class S, class V, bool asks_second>
 FLATWATER_ONE_COPY
 void vector_column_moments(const S *x, const Block &b, double *mean, double *m2) {
     using Wide = typename Lanes<V>::wide;
@@ -182,7 +182,7 @@ void vector_column_moments(const S *x, const Block &b, double *mean, double *m2)
                 const V pivot = moments[slot].pivot;
                 V first{}, second{};
                 for (index k = 0; k < rows; ++k) {
-                    prefetch(group + k * b.stride + j + ahead);
+                    prefetch(group + k * b.stride + j + ahead, asks_second);
                     const V d = fetch<S, V>(group + k * b.stride + j) - pivot;
                     first += d;
                     second += d * d;
@@ -232,7 +232,10 @@ inline void for_width(const Block &b, const Loop &loop) {
 
 template <class S>
 void column_moments(const S *x, const Block &b, double *mean, double *m2) {
-    for_width<S>(b, [&]<class V>() { vector_column_moments<S, V>(x, b, mean, m2); });
+    for_width<S>(b, [&]<class V>() {
+        if (b.asks_second) return vector_column_moments<S, V, true>(x, b, mean, m2);
+        vector_column_moments<S, V, false>(x, b, mean, m2);
+    });
 }
 
 template <class S, class V, bool streaming>
@@ -253,7 +256,7 @@ void vector_columns_apply(const At<S> &all, const Block &b, const Columns<typena
             const AffineOf<V> f(c, b.column + j);
             for (index k = 0; k < rows; ++k) {
                 const index i = (r + k) * b.stride + j;
-                at.prefetch_inputs(i - ahead);
+                at.prefetch_inputs(i - ahead, streaming && b.asks_second);
                 V z = (fetch<S, V>(at.x + i) - f.shift) * f.scale + f.offset;
                 if (at.residual) z += fetch<S, V>(at.residual + i);
                 put<S, V, streaming>(at.y + i, activate<A, V>(z));
@@ -278,7 +281,7 @@ void columns_apply(const At<S> &at, const Block &b, const Columns<typename Eleme
 }
 
 // Per column: Σdz and Σdz·(x - shift)·unit.
-template <class S, class V, Activation A>
+template <class S, class V, Activation A, bool asks_second>
 FLATWATER_ONE_COPY
 void vector_columns_sums(const At<S> &all, const Block &b, const Columns<typename Element<S>::Compute> &c,
                          double *dz_sums, double *dz_xhat_sums) {
@@ -296,7 +299,7 @@ void vector_columns_sums(const At<S> &all, const Block &b, const Columns<typenam
             const auto add = [&](index k, V &to_sum, V &to_product) {
                 const index i = (r + k) * b.stride + j;
                 V shifted;
-                at.prefetch_inputs(i + ahead);
+                at.prefetch_inputs(i + ahead, asks_second);
                 const V dz = gradient_at<S, V, A>(at, i, f, shifted);
                 to_sum += dz;
                 to_product += dz * (shifted * unit);
@@ -320,7 +323,10 @@ void vector_columns_sums(const At<S> &all, const Block &b, const Columns<typenam
 template <class S, Activation A>
 void columns_sums(const At<S> &at, const Block &b, const Columns<typename Element<S>::Compute> &c, double *dz_sums,
                   double *dz_xhat_sums) {
-    for_width<S>(b, [&]<class V>() { vector_columns_sums<S, V, A>(at, b, c, dz_sums, dz_xhat_sums); });
+    for_width<S>(b, [&]<class V>() {
+        if (b.asks_second) return vector_columns_sums<S, V, A, true>(at, b, c, dz_sums, dz_xhat_sums);
+        vector_columns_sums<S, V, A, false>(at, b, c, dz_sums, dz_xhat_sums);
+    });
 }
 
 template <class S, class V, Activation A, bool streaming>
@@ -335,7 +341,7 @@ void vector_columns_gradient(const At<S> &all, const Block &b, const Columns<typ
             for (index k = 0; k < rows; ++k) {
                 const index i = (r + k) * b.stride + j;
                 V shifted;
-                at.prefetch_inputs(i - ahead);
+                at.prefetch_inputs(i - ahead, streaming && b.asks_second);
                 const V dz = gradient_at<S, V, A>(at, i, f, shifted);
                 if (at.dresidual) put<S, V, streaming>(at.dresidual + i, dz);
                 if (at.dx)

@@ -38,8 +38,9 @@ constexpr index largest_ahead = 256 << 10;
 // A result of this size does not stay in any cache until it is read again.
 constexpr index streaming_bytes = index(16) << 20;
 
-// Shorter planes are streamed from this size on only by processors that would rather write memory in longer runs.
-constexpr index long_plane = 4 << 10, streaming_bytes_short = index(28) << 20;
+// What some processors (Machine) do from a larger size on only: stream planes shorter than these, and ask for rows of
+// columns no nearer than the second-level cache.
+constexpr index long_plane = 4 << 10, beyond_bytes = index(28) << 20;
 
 // Memory for a call's own partial results.
 template <class T>
@@ -199,16 +200,25 @@ bool streams_planes(const Problem &p) {
     if (!is_large<S>(p) || plane < 4 * line_bytes) return false;
     if (plane >= long_plane || !machine().long_runs) return true;
     // What counts is all that a step reads and writes: six tensors with a residual, else four.
-    return (p.residual || p.dresidual ? 6 : 4) * all >= 4 * streaming_bytes_short;
+    return (p.residual || p.dresidual ? 6 : 4) * all >= 4 * beyond_bytes;
+}
+
+// Whether rows of columns are asked for into the second-level cache only.
+template <class S>
+bool asks_second(const Problem &p) {
+    return machine().long_runs && p.shape.elements() * index(sizeof(S)) >= beyond_bytes;
 }
 
 // Of what only asks for memory, GCC 12 believes that it does nothing, and drops the calls that are not inlined by then.
 #define FLATWATER_HINT [[gnu::always_inline]] inline
 
-// Asks for the cache line of p: a hint, so p may lie outside every tensor.
+// Asks for the cache line of p, into the first-level cache or only the second: a hint; p may lie outside every tensor.
 template <class S>
-FLATWATER_HINT void prefetch(const S *p) {
-    __builtin_prefetch(p, 0, 3);
+FLATWATER_HINT void prefetch(const S *p, bool second = false) {
+    if (second)
+        __builtin_prefetch(p, 0, 2);
+    else
+        __builtin_prefetch(p, 0, 3);
 }
 
 // The element pointers of a call at one offset, null where the call has none.
@@ -233,10 +243,10 @@ struct At {
     }
 
     // What is read at i.
-    FLATWATER_HINT void prefetch_inputs(index i) const {
-        prefetch(x + i);
-        if (residual) prefetch(residual + i);
-        if (dy) prefetch(dy + i);
+    FLATWATER_HINT void prefetch_inputs(index i, bool second = false) const {
+        prefetch(x + i, second);
+        if (residual) prefetch(residual + i, second);
+        if (dy) prefetch(dy + i, second);
     }
 
   private:

@@ -125,7 +125,8 @@ def test_an_instruction_set_that_is_not_there_is_named() -> None:
 
 
 # Rows of more columns than a tile of them: so many that its sums leave the first-level cache, and more than that; with
-# one thread, as few rows make more than one chunk. And short planes, which some machines write past the caches.
+# one thread, as few rows make more than one chunk. And short planes, which some machines write past the caches, and
+# many rows, which some ask for into another cache.
 READ_AND_WRITTEN = """
 import hashlib
 from flatwater import kernels
@@ -148,6 +149,7 @@ for dtype in ("float32", "bfloat16", "float64"):
         add_bits(case)
 for shape, residual in (((64, 337, 197), True), ((64, 337, 211), False), ((16, 300, 999), True)):
     add_bits(make_case(shape, activation="relu", residual=residual))
+add_bits(make_case((16, 31, 15_000), channels_last=True, activation="relu", residual=True))
 print(found.hexdigest())
 """
 
