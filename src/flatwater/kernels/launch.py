@@ -65,7 +65,7 @@ def isa() -> str:
     """The instruction set in use: ``"avx512"``, ``"avx2"`` or ``"baseline"``.
 
     The best that this processor runs, or the one that the environment variable ``FLATWATER_ISA``
-    named when the first kernel was called. How memory is read for it depends on who made the processor, or on the
+    named when the first kernel was called. How memory is read and written depends on who made the processor, or on the
     maker that ``FLATWATER_TUNING`` names, ``intel`` or ``other``; results do not.
 
     Raises:
