@@ -60,8 +60,8 @@ const Kernels &kernels();
 
 // What is faster on some makers' processors and not on others'; no result depends on it.
 struct Machine {
-    // Rows of many columns whole, rather than in tiles whose sums stay in the first-level cache; and no streaming of
-    // short planes that leaves the caches room for all tensors of a step.
+    // Rows of many columns whole, rather than in tiles whose sums stay in the first-level cache, and asked for into the
+    // second-level cache only where the tensor is in none; short planes streamed from a larger size on only.
     bool long_runs;
 };
 
