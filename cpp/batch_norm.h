@@ -169,7 +169,7 @@ struct Batch {
     // ---- rows of columns ----------------------------------------------------------------------
 
     static Block block_of(const Problem &p, const RowLayout &layout, const Tile &tile) {
-        return {tile.rows, tile.columns, layout.columns, tile.column, !layout.last, asks_second<S>(p)};
+        return {tile.rows, tile.columns, layout.columns, tile.column, !layout.last, prefetches_second_level<S>(p)};
     }
 
     static void row_statistics(const Problem &p) {

@@ -61,10 +61,11 @@ struct GradientOf {
 };
 
 // A tile's place in memory: its rows lie `stride` apart; `column` is its first among the Columns. Of tiny planes in
-// channels-first memory the rows are samples, and few: there, sums of gradients go on in double sooner.
+// channels-first memory the rows are samples, mostly few: there, sums of gradients go on in double sooner.
+// `second_level`: into which cache the rows are prefetched.
 struct Block {
     index rows, columns, stride, column;
-    bool few_rows = false, asks_second = false;
+    bool rows_are_samples = false, second_level = false;
 
     // From an element to one that is worked on bytes_ahead later: whole groups of rows.
     template <class S>
@@ -152,7 +153,7 @@ Moments exact_column(const S *x, index rows, index stride) {
 
 // Mean and m2 of each column. The pivot of a column, from which deviations are taken, is the mean of the rows
 // just before: so that x is read once. Were those far off, then by a distance that is itself part of m2.
-template <class S, class V, bool asks_second>
+template <class S, class V, bool second_level>
 FLATWATER_ONE_COPY
 void vector_column_moments(const S *x, const Block &b, double *mean, double *m2) {
     using Wide = typename Lanes<V>::wide;
@@ -182,7 +183,7 @@ void vector_column_moments(const S *x, const Block &b, double *mean, double *m2)
                 const V pivot = moments[slot].pivot;
                 V first{}, second{};
                 for (index k = 0; k < rows; ++k) {
-                    prefetch(group + k * b.stride + j + ahead, asks_second);
+                    prefetch(group + k * b.stride + j + ahead, second_level);
                     const V d = fetch<S, V>(group + k * b.stride + j) - pivot;
                     first += d;
                     second += d * d;
@@ -233,7 +234,7 @@ inline void for_width(const Block &b, const Loop &loop) {
 template <class S>
 void column_moments(const S *x, const Block &b, double *mean, double *m2) {
     for_width<S>(b, [&]<class V>() {
-        if (b.asks_second) return vector_column_moments<S, V, true>(x, b, mean, m2);
+        if (b.second_level) return vector_column_moments<S, V, true>(x, b, mean, m2);
         vector_column_moments<S, V, false>(x, b, mean, m2);
     });
 }
@@ -251,12 +252,13 @@ FLATWATER_ONE_COPY
 void vector_columns_apply(const At<S> &all, const Block &b, const Columns<typename Element<S>::Compute> &c) {
     const At<S> at = all;  // a copy: as far as the compiler knows, what it writes could change the caller's
     const index ahead = b.ahead<S>();
+    const bool second_level = streaming && b.second_level;
     each_group_backwards(b.rows, [&]<index rows>(index r) {  // what was read last is still in cache
         each_slot<V>(b.columns, [&](index, index j) {
             const AffineOf<V> f(c, b.column + j);
             for (index k = 0; k < rows; ++k) {
                 const index i = (r + k) * b.stride + j;
-                at.prefetch_inputs(i - ahead, streaming && b.asks_second);
+                at.prefetch_inputs(i - ahead, second_level);
                 V z = (fetch<S, V>(at.x + i) - f.shift) * f.scale + f.offset;
                 if (at.residual) z += fetch<S, V>(at.residual + i);
                 put<S, V, streaming>(at.y + i, activate<A, V>(z));
@@ -281,7 +283,7 @@ void columns_apply(const At<S> &at, const Block &b, const Columns<typename Eleme
 }
 
 // Per column: Σdz and Σdz·(x - shift)·unit.
-template <class S, class V, Activation A, bool asks_second>
+template <class S, class V, Activation A, bool second_level>
 FLATWATER_ONE_COPY
 void vector_columns_sums(const At<S> &all, const Block &b, const Columns<typename Element<S>::Compute> &c,
                          double *dz_sums, double *dz_xhat_sums) {
@@ -299,7 +301,7 @@ void vector_columns_sums(const At<S> &all, const Block &b, const Columns<typenam
             const auto add = [&](index k, V &to_sum, V &to_product) {
                 const index i = (r + k) * b.stride + j;
                 V shifted;
-                at.prefetch_inputs(i + ahead, asks_second);
+                at.prefetch_inputs(i + ahead, second_level);
                 const V dz = gradient_at<S, V, A>(at, i, f, shifted);
                 to_sum += dz;
                 to_product += dz * (shifted * unit);
@@ -313,7 +315,7 @@ void vector_columns_sums(const At<S> &all, const Block &b, const Columns<typenam
             dz_xhat_sum[slot] += widen_lanes<V>(product + odd_product);
         });
     };
-    b.few_rows ? each_group<2>(b.rows, add_group) : each_group<rows_summed>(b.rows, add_group);
+    b.rows_are_samples ? each_group<2>(b.rows, add_group) : each_group<rows_summed>(b.rows, add_group);
     each_slot<V>(b.columns, [&](index slot, index j) {
         __builtin_memcpy(dz_sums + j, &dz_sum[slot], sizeof(Wide));
         __builtin_memcpy(dz_xhat_sums + j, &dz_xhat_sum[slot], sizeof(Wide));
@@ -324,7 +326,7 @@ template <class S, Activation A>
 void columns_sums(const At<S> &at, const Block &b, const Columns<typename Element<S>::Compute> &c, double *dz_sums,
                   double *dz_xhat_sums) {
     for_width<S>(b, [&]<class V>() {
-        if (b.asks_second) return vector_columns_sums<S, V, A, true>(at, b, c, dz_sums, dz_xhat_sums);
+        if (b.second_level) return vector_columns_sums<S, V, A, true>(at, b, c, dz_sums, dz_xhat_sums);
         vector_columns_sums<S, V, A, false>(at, b, c, dz_sums, dz_xhat_sums);
     });
 }
@@ -334,6 +336,7 @@ FLATWATER_ONE_COPY
 void vector_columns_gradient(const At<S> &all, const Block &b, const Columns<typename Element<S>::Compute> &c) {
     const At<S> at = all;
     const index ahead = b.ahead<S>();
+    const bool second_level = streaming && b.second_level;
     each_group_backwards(b.rows, [&]<index rows>(index r) {
         each_slot<V>(b.columns, [&](index, index j) {
             const AffineOf<V> f(c, b.column + j);
@@ -341,7 +344,7 @@ void vector_columns_gradient(const At<S> &all, const Block &b, const Columns<typ
             for (index k = 0; k < rows; ++k) {
                 const index i = (r + k) * b.stride + j;
                 V shifted;
-                at.prefetch_inputs(i - ahead, streaming && b.asks_second);
+                at.prefetch_inputs(i - ahead, second_level);
                 const V dz = gradient_at<S, V, A>(at, i, f, shifted);
                 if (at.dresidual) put<S, V, streaming>(at.dresidual + i, dz);
                 if (at.dx)

@@ -39,8 +39,11 @@ struct Group {
         if (p.inv_std) p.inv_std[i] = inverse_deviation(all.m2, all.count, p.epsilon);
     }
 
-    // Channels-first, a group of one sample is one piece, and so is each of its planes.
-    static Pieces plane(const Problem &p, index i) { return {i * p.shape.inner, 1, p.shape.inner, p.shape.inner}; }
+    // Channels-first, a group of one sample is one piece, and so is each of its planes. `backwards`: the group's planes
+    // are worked on from the last to the first.
+    static Pieces plane(const Problem &p, index i, bool backwards = false) {
+        return {i * p.shape.inner, 1, p.shape.inner, backwards && group_channels(p) > 1 ? p.shape.inner : 0};
+    }
 
     static Moments group_moments(const Problem &p, index i) {
         const index length = group_channels(p) * p.shape.inner;
@@ -73,9 +76,9 @@ struct Group {
     }
 
     template <Activation A>
-    static void plane_apply(const Problem &p, index i, index statistics, index ahead) {
+    static void plane_apply(const Problem &p, index i, index statistics, index ahead, bool backwards) {
         const Affine<T> f(channel_of(p, statistics, i % p.shape.channels));
-        pieces_apply<S, A>(At<S>(p, 0), plane(p, i), &f, streams_planes<S>(p), ahead);
+        pieces_apply<S, A>(At<S>(p, 0), plane(p, i, backwards), &f, streams_planes<S>(p), ahead);
     }
 
     template <Activation A>
@@ -83,7 +86,7 @@ struct Group {
         const index channels = p.shape.channels;
         if (!p.shape.channels_last) {
             parallel_for(p.shape.outer * channels, p.shape.elements(), [&](index i) {
-                plane_apply<A>(p, i, i / group_channels(p), 0);
+                plane_apply<A>(p, i, i / group_channels(p), 0, false);
                 finish_streaming();
             });
             return;
@@ -108,7 +111,7 @@ struct Group {
         parallel_for(groups, p.shape.elements(), [&](index i) {
             set_group(p, i, group_moments(p, i));
             const index ahead = i + 1 < groups ? size * p.shape.inner : 0;
-            for (index k = size - 1; k >= 0; --k) plane_apply<A>(p, i * size + k, i, ahead);
+            for (index k = size - 1; k >= 0; --k) plane_apply<A>(p, i * size + k, i, ahead, true);
             finish_streaming();
         });
     }
@@ -165,7 +168,7 @@ struct Group {
                 const Channel channel = channel_of(p, i, first + k);
                 const Affine<T> f(channel);
                 const Gradient<T> g(channel, means.dz, means.dz_xhat);
-                pieces_gradient<S, A>(at, plane(p, i * size + k), &f, &g, streams_planes<S>(p), ahead);
+                pieces_gradient<S, A>(at, plane(p, i * size + k, true), &f, &g, streams_planes<S>(p), ahead);
             }
             finish_streaming();
         });

@@ -38,8 +38,8 @@ constexpr index largest_ahead = 256 << 10;
 // A result of this size does not stay in any cache until it is read again.
 constexpr index streaming_bytes = index(16) << 20;
 
-// What some processors (Machine) do from a larger size on only: stream planes shorter than these, and ask for rows of
-// columns no nearer than the second-level cache.
+// What processors with large caches (Machine) do from this size on: stream planes shorter than these, too, and prefetch
+// rows of columns into the second-level cache instead of the first.
 constexpr index long_plane = 4 << 10, beyond_bytes = index(28) << 20;
 
 // Memory for a call's own partial results.
@@ -63,7 +63,8 @@ inline index smaller(index a, index b) { return a < b ? a : b; }
 inline index larger(index a, index b) { return a > b ? a : b; }
 
 // `count` runs of `length` consecutive elements, which begin `stride` apart: a channel's planes. Behind them lie those
-// of the next `channels` - 1 channels, if `length` is that of a whole plane.
+// of the next `channels` - 1 channels, if `length` is that of a whole plane. The stride of a single run is how far
+// before it the one lies that is worked on next; 0 if nobody knows.
 struct Pieces {
     index offset, count, length, stride, channels = 1;
     index elements() const { return count * length; }  // of one channel
@@ -87,7 +88,7 @@ class Blocks {
         if (parts_ > 1) {
             const index part = i % parts_, from = part * capacity_;
             const index length = part + 1 == parts_ ? all_.length - from : capacity_;
-            return {all_.offset + i / parts_ * all_.stride + from, 1, length, all_.stride};
+            return {all_.offset + i / parts_ * all_.stride + from, 1, length, 0};
         }
         const index first = i * together_;
         return {all_.offset + first * all_.stride, smaller(together_, all_.count - first), all_.length, all_.stride,
@@ -130,7 +131,7 @@ struct RowLayout {
         const index chunks = larger(1, 32 / l.tiles), rows = (l.rows + chunks - 1) / chunks;
         l.chunk_rows = larger(1, (rows + 63) / 64) * 64;
         l.chunks = (l.rows + l.chunk_rows - 1) / l.chunk_rows;
-        if (machine().long_runs && l.chunks >= 2 * threads) l.set_tiles(widest_tile, unit);
+        if (machine().large_caches && l.chunks >= 2 * threads) l.set_tiles(widest_tile, unit);
         return l;
     }
 
@@ -198,24 +199,24 @@ template <class S>
 bool streams_planes(const Problem &p) {
     const index plane = p.shape.inner * index(sizeof(S)), all = p.shape.elements() * index(sizeof(S));
     if (!is_large<S>(p) || plane < 4 * line_bytes) return false;
-    if (plane >= long_plane || !machine().long_runs) return true;
+    if (plane >= long_plane || !machine().large_caches) return true;
     // What counts is all that a step reads and writes: six tensors with a residual, else four.
     return (p.residual || p.dresidual ? 6 : 4) * all >= 4 * beyond_bytes;
 }
 
-// Whether rows of columns are asked for into the second-level cache only.
+// Whether rows of columns are prefetched into the second-level cache only.
 template <class S>
-bool asks_second(const Problem &p) {
-    return machine().long_runs && p.shape.elements() * index(sizeof(S)) >= beyond_bytes;
+bool prefetches_second_level(const Problem &p) {
+    return machine().large_caches && p.shape.elements() * index(sizeof(S)) >= beyond_bytes;
 }
 
-// Of what only asks for memory, GCC 12 believes that it does nothing, and drops the calls that are not inlined by then.
+// GCC 12 takes a function that only prefetches for one that does nothing, and drops the calls that it has not inlined.
 #define FLATWATER_HINT [[gnu::always_inline]] inline
 
 // Asks for the cache line of p, into the first-level cache or only the second: a hint; p may lie outside every tensor.
 template <class S>
-FLATWATER_HINT void prefetch(const S *p, bool second = false) {
-    if (second)
+FLATWATER_HINT void prefetch(const S *p, bool second_level = false) {
+    if (second_level)
         __builtin_prefetch(p, 0, 2);
     else
         __builtin_prefetch(p, 0, 3);
@@ -243,10 +244,10 @@ struct At {
     }
 
     // What is read at i.
-    FLATWATER_HINT void prefetch_inputs(index i, bool second = false) const {
-        prefetch(x + i, second);
-        if (residual) prefetch(residual + i, second);
-        if (dy) prefetch(dy + i, second);
+    FLATWATER_HINT void prefetch_inputs(index i, bool second_level = false) const {
+        prefetch(x + i, second_level);
+        if (residual) prefetch(residual + i, second_level);
+        if (dy) prefetch(dy + i, second_level);
     }
 
   private:

@@ -60,9 +60,9 @@ const Kernels &kernels();
 
 // What is faster on some makers' processors and not on others'; no result depends on it.
 struct Machine {
-    // Rows of many columns whole, rather than in tiles whose sums stay in the first-level cache, and asked for into the
-    // second-level cache only where the tensor is in none; short planes streamed from a larger size on only.
-    bool long_runs;
+    // Rows of many columns are worked on whole, rather than in tiles whose sums stay in the first-level cache; those of
+    // the largest tensors are prefetched into the second-level cache only; short planes are streamed later.
+    bool large_caches;
 };
 
 // Of this processor, or of the maker that FLATWATER_TUNING names, "intel" or "other". std::invalid_argument if that is

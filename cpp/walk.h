@@ -126,8 +126,8 @@ inline void fill_piece(const S *out, index begin, index length, const Body &body
     }
 }
 
-// Where streamed pieces are no whole lines, their ends are read before they are written: they are asked for while some
-// pieces before them are worked on: samples backwards, the channels of each forwards.
+// Where streamed pieces are no whole lines, their ends are read before they are written. So they are prefetched some
+// pieces ahead, in the order in which those are worked on: samples backwards, the channels of each forwards.
 template <class S>
 class Ends {
   public:

@@ -370,25 +370,29 @@ def check_gradients(case: Case, actual: Backward, statistics: reference.Statisti
 
 
 def check_rounding() -> None:
-    """Every number that bfloat16 has, and all halfway between two of them, rounded to nearest even; NaN stays NaN."""
+    """Every number that bfloat16 has, and to each side all halfway to the next and just beside; NaN stays NaN."""
     x = place(np.arange(2**16, dtype=np.uint16).view(numpy_dtype("bfloat16"))[None, None], numpy_dtype("bfloat16"))
     y = like(x)
-    for factor in (1.0, 1 + 2.0**-8, 1 - 2.0**-8, 1 + 2.0**-9):
+    with np.errstate(invalid="ignore"):
+        half = np.ldexp(1.0, np.frexp(x.astype(np.float64))[1] - 9)  # of a unit in the last of x's eight places
+        half = np.where(np.isfinite(x), half, 0)
+    for share in (0, 1, -1, 1 + 2.0**-7, 1 - 2.0**-7, -1 - 2.0**-7):
+        residual = place(half * share, x.dtype)
         kernels.batch_normalize(
             kernels.Buffer.from_numpy(x),
             kernels.Buffer.from_numpy(y),
             mean=np.zeros(1),
             inv_std=np.ones(1),
-            weight=kernels.Vector.from_numpy(np.array([factor], np.float32)),
+            weight=None,
             bias=None,
-            residual=None,
+            residual=kernels.Buffer.from_numpy(residual),
             activation="none",
         )
         with np.errstate(over="ignore", invalid="ignore"):
-            expected = (x.astype(np.float32) * np.float32(factor) + np.float32(0)).astype(x.dtype)
+            expected = (x.astype(np.float32) + np.float32(0) + residual.astype(np.float32)).astype(x.dtype)
             number = ~np.isnan(x)
             assert np.array_equal(~np.isnan(y), number)
-        assert same_bits(y[number], expected[number]), factor
+        assert same_bits(y[number], expected[number]), share
 
 
 def sums_as(case: Case) -> Case:

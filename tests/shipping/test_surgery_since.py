@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import paddle
 import pytest
-from networks import example, randomize, state_of, three_norms
+from networks import evaluate, example, randomize, state_of, three_norms
 from paddle import nn
 
 import flatwater.paddle as fw
@@ -91,8 +91,55 @@ def test_undo_leaves_a_norm_layer_as_to_static_has_it_now(earlier: bool) -> None
     assert norm._use_global_stats is None
 
 
+@pytest.mark.parametrize("norm", ["group_norm", "instance_norm"])
+@pytest.mark.parametrize("full_graph", [False, True])
+def test_undo_drops_what_to_static_captured_of_another_kind_of_norm(full_graph: bool, norm: str) -> None:
+    model = randomize(nn.Sequential(nn.Conv2D(3, 4, 1), nn.BatchNorm2D(4)))
+    x = example(2, 3, 5, 5)
+    expected = evaluate(model, x)
+    applied = fw.apply_policy(model, Policy.model_validate({"rules": [{"match": "*", "norm": norm}]}))
+    paddle.jit.to_static(model[1], full_graph=full_graph)
+    applied.undo()
+    assert np.array_equal(evaluate(model, x), expected)
+
+
+def test_undo_casts_only_what_was_cast() -> None:
+    model = randomize(nn.Sequential(nn.BatchNorm2D(4)))
+    # Statistics beside γ and β of another dtype, as mixed precision has them.
+    model[0].weight = model[0].create_parameter([4], dtype="float64")
+    model[0].bias = model[0].create_parameter([4], dtype="float64", is_bias=True)
+    mean = model[0]._mean.numpy()
+    fw.apply_policy(model, Policy.model_validate({"rules": [{"match": "*", "freeze": "both"}]})).undo()
+    assert model[0].weight.dtype == paddle.float64
+    assert model[0]._mean.dtype == paddle.float32
+    assert np.array_equal(model[0]._mean.numpy(), mean)
+
+
+def test_undo_casts_statistics_of_a_layer_that_has_nothing_else() -> None:
+    model = nn.Sequential(nn.BatchNorm2D(4, weight_attr=False, bias_attr=False))
+    applied = fw.apply_policy(model, Policy.model_validate({"rules": [{"match": "*", "norm": "group_norm"}]}))
+    model.to(dtype="float64")
+    applied.undo()
+    assert model[0]._mean.dtype == model[0]._variance.dtype == paddle.float64
+
+
+def test_the_way_back_forgets_what_convert_froze_even_where_nothing_of_it_was_left_to_thaw() -> None:
+    model = randomize(nn.Sequential(nn.BatchNorm2D(4)))
+    fw.freeze(model)
+    model[0].weight.stop_gradient = False
+    assert fw.convert(model, "frozen").changed == ["0"]
+    fw.revert(model)
+    fw.thaw(model)
+    fw.convert(model, "frozen")
+    fw.revert(model)
+    assert [model[0].weight.stop_gradient, model[0]._use_global_stats] == [False, None]
+
+
 class Pair(collections.namedtuple("Pair", ["image", "scale"])):
-    """What a loader collates by name."""
+    """What a loader collates by name, made of something else than its fields."""
+
+    def __new__(cls, pair: tuple[Any, Any]) -> Any:
+        return super().__new__(cls, *pair)
 
 
 class Named(nn.Layer):
@@ -107,5 +154,5 @@ class Named(nn.Layer):
 def test_a_batch_keeps_its_named_tuples_and_numbers() -> None:
     image = example(4, 3, 5, 5)
     model = Named()
-    fw.recalibrate(model, [{"pair": Pair(image, np.float32(2))}], progress=False)
+    fw.recalibrate(model, [{"pair": Pair((image, np.float32(2)))}], progress=False)
     np.testing.assert_allclose(model.norm._mean.numpy(), 2 * image.mean(axis=(0, 2, 3)), rtol=1e-5)

@@ -53,8 +53,8 @@ def as_inputs(inputs: Any, *, nested: bool = False) -> Inputs:
     """A tensor or array, a list or tuple of them (arguments in order), or a dict (arguments by name).
 
     Args:
-        nested: whether an argument may be a dict, list or tuple of tensors, a number or None, for callers that only run
-            the model.
+        nested: whether an argument may be a dict, list or tuple of tensors, a number (NumPy's too) or None, for callers
+            that only run the model.
 
     Raises:
         InputError: there is none, or something that is neither a tensor nor an array.
@@ -79,7 +79,7 @@ def map_tensors(value: Any, change: Callable[[Any], Any]) -> Any:
         items = [map_tensors(item, change) for item in value]
         if isinstance(value, list):
             return items
-        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+        return type(value)._make(items) if hasattr(value, "_make") else tuple(items)
     return change(value)
 
 

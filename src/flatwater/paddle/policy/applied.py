@@ -27,8 +27,8 @@ __all__ = [
     "Learning",
     "PolicyCallback",
     "float32_layers",
-    "freeze_now",
     "mark_float32",
+    "set_frozen",
     "thaws_more",
 ]
 
@@ -184,7 +184,7 @@ class AppliedPolicy(PolicyReport):
         before = Snapshot(layer for _, layers in due for layer in layers.values())
         try:
             for when, layers in due:
-                freeze_now(self.model, when, layers)  # and whatever was frozen since stays so
+                set_frozen(self.model, when, layers)  # and whatever was frozen since stays so
         except BaseException:
             before.restore()
             raise
@@ -223,7 +223,7 @@ def float32_layers(model: paddle.nn.Layer) -> list[paddle.nn.Layer]:
     return [layer for _, layer in layers_of(model) if vars(layer).get(_KEEP_FLOAT32)]
 
 
-def freeze_now(model: paddle.nn.Layer, what: Freeze, layers: Mapping[str, Any], *, only: bool = False) -> None:
+def set_frozen(model: paddle.nn.Layer, what: Freeze, layers: Mapping[str, Any], *, only: bool = False) -> None:
     """Freeze of these layers what is to be, as far as they have it.
 
     Args:

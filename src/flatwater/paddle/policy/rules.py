@@ -15,7 +15,7 @@ from flatwater.paddle.captured import capture_anew
 from flatwater.paddle.choosing.advise import UNREACHED, advise_layer, why_it_stays
 from flatwater.paddle.choosing.walk import batches_of, inputs_of
 from flatwater.paddle.kinds import BATCH_NORMS
-from flatwater.paddle.policy.applied import AppliedPolicy, Learning, freeze_now, mark_float32, thaws_more
+from flatwater.paddle.policy.applied import AppliedPolicy, Learning, mark_float32, set_frozen, thaws_more
 from flatwater.paddle.policy.residual import block_ends
 from flatwater.paddle.running import Inputs, layers_of
 from flatwater.paddle.select import paths_of
@@ -198,7 +198,7 @@ class _Work:
         """Freeze what is to be frozen now, and keep the rest for later."""
         for what, layers in self._frozen.items():
             if what.now:
-                freeze_now(self.applied.model, what, layers, only=True)
+                set_frozen(self.applied.model, what, layers, only=True)
             else:
                 self.applied.postpone(what, layers)
 

@@ -213,4 +213,5 @@ def _thaw(model: paddle.nn.Layer, path: str, layer: Any) -> bool:
         return False
     weight, bias, statistics = vars(layer)[BEFORE_CONVERT]
     report = thaw_layers(model, {path: layer}, weight=not weight, bias=not bias, statistics=not statistics)
+    vars(layer).pop(BEFORE_CONVERT, None)
     return bool(report.changed)

@@ -162,7 +162,7 @@ def thaw_layers(
         if memory is not None and names & memory.copies.keys():
             frozen.append((path, layer, memory))
         else:
-            report.left[path] = "is not frozen"
+            report.left[path] = "is not frozen" if memory is None else "what was to be thawed of it is not frozen"
     if _reduces(model) and any(names & memory.flags.keys() and not memory.behind_reducer for _, _, memory in frozen):
         raise SurgeryError(
             "this DataParallel was made when γ or β were frozen, and would not average their gradients; thaw the "

@@ -13,8 +13,9 @@ from flatwater.paddle.running import flatten, to_numpy
 __all__ = ["Snapshot"]
 
 
-# What of a layer a training that goes on, and whoever works with the model meanwhile, may have changed for good.
-_OF_NOW = ("training", "forward", "_dtype")
+# What of a layer a training that goes on, and whoever works with the model meanwhile, may have changed for good. (A
+# forward that was captured of another class is none of this one.)
+_OF_NOW = ("training", "_dtype", "forward")
 
 
 class _Saved(NamedTuple):
@@ -47,23 +48,22 @@ class Snapshot:
         """Make everything what it was. Parameters are the same objects.
 
         Args:
-            running: modes, gradients, dtypes, and a ``forward`` put into a layer, as by ``to_static``, as well; False
-                where this is not the end of something that failed, but later: then these are as they are now.
+            running: modes, gradients, and a ``forward`` put into a layer, as by ``to_static``, as well; False where
+                this is not the end of something that failed, but later: then these, and dtypes, are as they are now.
         """
         for layer, kind, attributes, parameters in self._layers:
-            now = {name: vars(layer)[name] for name in _OF_NOW if name in vars(layer)}
-            dtypes = [one.dtype for one in layer._parameters.values() if one is not None]
+            kept = () if running else _OF_NOW if type(layer) is kind else _OF_NOW[:-1]
+            now = {name: vars(layer)[name] for name in kept if name in vars(layer)}
             layer.__class__ = kind
             vars(layer).clear()
             vars(layer).update(attributes)
             layer._parameters.clear()
             layer._parameters.update(parameters)
-            if not running:
-                for name in _OF_NOW:
-                    vars(layer).pop(name, None)
-                vars(layer).update(now)
-                if dtypes and any(one is not None and one.dtype != dtypes[0] for one in parameters.values()):
-                    layer.to(dtype=dtypes[0])  # statistics that were aside while the model was cast
+            for name in kept:
+                vars(layer).pop(name, None)
+            vars(layer).update(now)
+            if layer._dtype != attributes["_dtype"]:
+                layer.to(dtype=layer._dtype)  # statistics that were aside while the model was cast
         for parameter, values, grad, stop_gradient, attributes in self._parameters:
             vars(parameter).clear()
             vars(parameter).update(attributes)
