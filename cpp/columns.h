@@ -75,6 +75,31 @@ struct Block {
     }
 };
 
+// Which element a loop over rows asks memory for when it works on the one at i: into the first-level cache the one
+// `distance` away from it; into the second-level cache, whose own prefetching follows runs of lines, one vector after
+// the other as they lie in the tile, from `first` + `distance` on.
+template <class V, bool second_level>
+class Asking {
+  public:
+    Asking(const Block &b, index first, index distance)
+        : distance_(distance),
+          next_(first + distance),
+          slots_((b.columns + Lanes<V>::count - 1) / Lanes<V>::count),
+          left_(slots_),
+          to_next_row_(b.stride - slots_ * Lanes<V>::count) {}
+
+    FLATWATER_HINT index at(index i) {
+        if constexpr (!second_level) return i + distance_;
+        const index asked = next_;
+        next_ += Lanes<V>::count;
+        if (--left_ == 0) next_ += to_next_row_, left_ = slots_;
+        return asked;
+    }
+
+  private:
+    index distance_, next_, slots_, left_, to_next_row_;
+};
+
 // Calls body(slot, j) for the vectors that cover the columns.
 template <class V, class Body>
 inline void each_slot(index columns, const Body &body) {
@@ -179,12 +204,14 @@ void vector_column_moments(const S *x, const Block &b, double *mean, double *m2)
         const index end = smaller(b.rows, start + pivot_rows);
         each_group<rows_summed>(end - start, [&]<index rows>(index r) {
             const S *group = x + (start + r) * b.stride;
+            Asking<V, second_level> asking(b, 0, ahead);
             each_slot<V>(b.columns, [&](index slot, index j) {
                 const V pivot = moments[slot].pivot;
                 V first{}, second{};
                 for (index k = 0; k < rows; ++k) {
-                    prefetch(group + k * b.stride + j + ahead, second_level);
-                    const V d = fetch<S, V>(group + k * b.stride + j) - pivot;
+                    const index i = k * b.stride + j;
+                    prefetch(group + asking.at(i), second_level);
+                    const V d = fetch<S, V>(group + i) - pivot;
                     first += d;
                     second += d * d;
                 }
@@ -247,18 +274,18 @@ inline void put(S *p, const V &value) {
         place<S, V>(p, value);
 }
 
-template <class S, class V, Activation A, bool streaming>
+template <class S, class V, Activation A, bool streaming, bool second_level>
 FLATWATER_ONE_COPY
 void vector_columns_apply(const At<S> &all, const Block &b, const Columns<typename Element<S>::Compute> &c) {
     const At<S> at = all;  // a copy: as far as the compiler knows, what it writes could change the caller's
     const index ahead = b.ahead<S>();
-    const bool second_level = streaming && b.second_level;
     each_group_backwards(b.rows, [&]<index rows>(index r) {  // what was read last is still in cache
+        Asking<V, second_level> asking(b, r * b.stride, -ahead);
         each_slot<V>(b.columns, [&](index, index j) {
             const AffineOf<V> f(c, b.column + j);
             for (index k = 0; k < rows; ++k) {
                 const index i = (r + k) * b.stride + j;
-                at.prefetch_inputs(i - ahead, second_level);
+                at.prefetch_inputs(asking.at(i), second_level);
                 V z = (fetch<S, V>(at.x + i) - f.shift) * f.scale + f.offset;
                 if (at.residual) z += fetch<S, V>(at.residual + i);
                 put<S, V, streaming>(at.y + i, activate<A, V>(z));
@@ -277,8 +304,10 @@ inline bool can_stream(const S *out, const Block &b) {
 template <class S, Activation A>
 void columns_apply(const At<S> &at, const Block &b, const Columns<typename Element<S>::Compute> &c, bool streaming) {
     for_width<S>(b, [&]<class V>() {
-        if (streaming && can_stream(at.y, b)) return vector_columns_apply<S, V, A, true>(at, b, c);
-        vector_columns_apply<S, V, A, false>(at, b, c);
+        const bool streams = streaming && can_stream(at.y, b);
+        if (streams && b.second_level) return vector_columns_apply<S, V, A, true, true>(at, b, c);
+        if (streams) return vector_columns_apply<S, V, A, true, false>(at, b, c);
+        vector_columns_apply<S, V, A, false, false>(at, b, c);
     });
 }
 
@@ -294,6 +323,7 @@ void vector_columns_sums(const At<S> &all, const Block &b, const Columns<typenam
     each_slot<V>(b.columns, [&](index slot, index) { dz_sum[slot] = dz_xhat_sum[slot] = Wide{}; });
     const index ahead = b.ahead<S>();
     const auto add_group = [&]<index rows>(index r) {
+        Asking<V, second_level> asking(b, r * b.stride, ahead);
         each_slot<V>(b.columns, [&](index slot, index j) {
             const AffineOf<V> f(c, b.column + j);
             const V unit = fetch<typename Element<S>::Compute, V>(c.field(3) + b.column + j);
@@ -301,7 +331,7 @@ void vector_columns_sums(const At<S> &all, const Block &b, const Columns<typenam
             const auto add = [&](index k, V &to_sum, V &to_product) {
                 const index i = (r + k) * b.stride + j;
                 V shifted;
-                at.prefetch_inputs(i + ahead, second_level);
+                at.prefetch_inputs(asking.at(i), second_level);
                 const V dz = gradient_at<S, V, A>(at, i, f, shifted);
                 to_sum += dz;
                 to_product += dz * (shifted * unit);
@@ -331,20 +361,20 @@ void columns_sums(const At<S> &at, const Block &b, const Columns<typename Elemen
     });
 }
 
-template <class S, class V, Activation A, bool streaming>
+template <class S, class V, Activation A, bool streaming, bool second_level>
 FLATWATER_ONE_COPY
 void vector_columns_gradient(const At<S> &all, const Block &b, const Columns<typename Element<S>::Compute> &c) {
     const At<S> at = all;
     const index ahead = b.ahead<S>();
-    const bool second_level = streaming && b.second_level;
     each_group_backwards(b.rows, [&]<index rows>(index r) {
+        Asking<V, second_level> asking(b, r * b.stride, -ahead);
         each_slot<V>(b.columns, [&](index, index j) {
             const AffineOf<V> f(c, b.column + j);
             const GradientOf<V> g(c, b.column + j);
             for (index k = 0; k < rows; ++k) {
                 const index i = (r + k) * b.stride + j;
                 V shifted;
-                at.prefetch_inputs(i - ahead, second_level);
+                at.prefetch_inputs(asking.at(i), second_level);
                 const V dz = gradient_at<S, V, A>(at, i, f, shifted);
                 if (at.dresidual) put<S, V, streaming>(at.dresidual + i, dz);
                 if (at.dx)
@@ -360,8 +390,10 @@ void columns_gradient(const At<S> &at, const Block &b, const Columns<typename El
                       bool streaming) {
     const bool aligned = (!at.dx || can_stream(at.dx, b)) && (!at.dresidual || can_stream(at.dresidual, b));
     for_width<S>(b, [&]<class V>() {
-        if (streaming && aligned) return vector_columns_gradient<S, V, A, true>(at, b, c);
-        vector_columns_gradient<S, V, A, false>(at, b, c);
+        const bool streams = streaming && aligned;
+        if (streams && b.second_level) return vector_columns_gradient<S, V, A, true, true>(at, b, c);
+        if (streams) return vector_columns_gradient<S, V, A, true, false>(at, b, c);
+        vector_columns_gradient<S, V, A, false, false>(at, b, c);
     });
 }
 

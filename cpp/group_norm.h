@@ -29,7 +29,7 @@ struct Group {
             first = task % count * tile;
             channels = task % count + 1 == count ? p.shape.channels - first : tile;
             offset = n * p.shape.inner * p.shape.channels + first;
-            block = {p.shape.inner, channels, p.shape.channels, 0};
+            block = {p.shape.inner, channels, p.shape.channels, 0, false, prefetches_second_level<S>(p)};
         }
     };
 

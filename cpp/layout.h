@@ -31,15 +31,10 @@ constexpr index bytes_together = 96 << 10, most_together = 32;
 // Of one channel and tensor, where the planes to be written are asked for while those that are read are being summed.
 constexpr index largest_slab = 128 << 10;
 
-// Of one channel and tensor, where the next channels' planes are asked for while these are being written. Of larger
-// ones, what is asked for drives out of the second-level cache what is about to be read again.
-constexpr index largest_ahead = 256 << 10;
-
 // A result of this size does not stay in any cache until it is read again.
 constexpr index streaming_bytes = index(16) << 20;
 
-// What processors with large caches (Machine) do from this size on: stream planes shorter than these, too, and prefetch
-// rows of columns into the second-level cache instead of the first.
+// From this size on processors with large caches (Machine) stream planes shorter than these, too.
 constexpr index long_plane = 4 << 10, beyond_bytes = index(28) << 20;
 
 // Memory for a call's own partial results.
@@ -188,26 +183,32 @@ inline Channel channel_of(const Problem &p, index statistics, index c) {
     return {p.mean[statistics], p.inv_std[statistics], p.weight ? p.weight[c] : 1, p.bias ? p.bias[c] : 0};
 }
 
+// Of one tensor.
+template <class S>
+index bytes_of(const Problem &p) {
+    return p.shape.elements() * index(sizeof(S));
+}
+
 template <class S>
 bool is_large(const Problem &p) {
-    return p.shape.elements() * index(sizeof(S)) >= streaming_bytes;
+    return bytes_of<S>(p) >= streaming_bytes;
 }
 
 // Whether what is written plane by plane is streamed. Of a plane as short as 7 × 7 the ends, which are not, are nearly
 // all there is.
 template <class S>
 bool streams_planes(const Problem &p) {
-    const index plane = p.shape.inner * index(sizeof(S)), all = p.shape.elements() * index(sizeof(S));
+    const index plane = p.shape.inner * index(sizeof(S));
     if (!is_large<S>(p) || plane < 4 * line_bytes) return false;
     if (plane >= long_plane || !machine().large_caches) return true;
     // What counts is all that a step reads and writes: six tensors with a residual, else four.
-    return (p.residual || p.dresidual ? 6 : 4) * all >= 4 * beyond_bytes;
+    return (p.residual || p.dresidual ? 6 : 4) * bytes_of<S>(p) >= 4 * beyond_bytes;
 }
 
 // Whether rows of columns are prefetched into the second-level cache only.
 template <class S>
 bool prefetches_second_level(const Problem &p) {
-    return machine().large_caches && p.shape.elements() * index(sizeof(S)) >= beyond_bytes;
+    return bytes_of<S>(p) >= machine().second_level_rows;
 }
 
 // GCC 12 takes a function that only prefetches for one that does nothing, and drops the calls that it has not inlined.

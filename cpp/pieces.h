@@ -80,8 +80,19 @@ bool is_constant(const S *x, const Pieces &block) {
     return true;
 }
 
+// Calls loop<second_level>() for the level of cache that this processor would have planes prefetched into: inside the
+// loops the choice took up to a fifth of their time. Those that would rather have the second have AVX-512; and float64,
+// which networks hardly have, is not worth two loops.
+template <class S, class Loop>
+inline void for_level(const Loop &loop) {
+    using E = Element<S>;
+    if constexpr (sizeof(typename E::Vector) == line_bytes && sizeof(typename E::Compute) < sizeof(double))
+        if (machine().second_level_planes) return loop.template operator()<true>();
+    loop.template operator()<false>();
+}
+
 // Deviations from a pivot near the block's mean: a large mean costs no precision.
-template <class S, class V>
+template <class S, class V, bool second_level>
 FLATWATER_ONE_COPY
 void vector_moments(const S *x, const Pieces &block, const S *prefetched, Moments *found) {
     using T = typename Element<S>::Compute;
@@ -105,11 +116,11 @@ void vector_moments(const S *x, const Pieces &block, const S *prefetched, Moment
             first = firsts[c], second = seconds[c];
         },
         [&]<int way>(index i) {
-            prefetch(prefetched + i);
+            prefetch(prefetched + i, second_level);
             add(way, fetch<S, V>(x + i) - pivot);
         },
         [&](index i) {
-            prefetch(prefetched + i + Lanes<V>::count - 1);
+            prefetch(prefetched + i + Lanes<V>::count - 1, second_level);
             add(3, rest.only_new(fetch<S, V>(x + i) - pivot));
         },
         [&] {
@@ -133,12 +144,14 @@ template <class S>
 void block_moments(const S *x, const Pieces &block, const S *prefetched, Moments *found) {
     using E = Element<S>;
     x += block.offset, prefetched += block.offset;
-    if (block.length < E::width) return vector_moments<S, typename E::Compute>(x, block, prefetched, found);
-    vector_moments<S, typename E::Vector>(x, block, prefetched, found);
+    if (block.length < E::width) return vector_moments<S, typename E::Compute, false>(x, block, prefetched, found);
+    for_level<S>([&]<bool second_level>() {
+        vector_moments<S, typename E::Vector, second_level>(x, block, prefetched, found);
+    });
 }
 
 // One Affine for each channel; `ahead` is how far from here lies what is worked on after this: 0 if nothing is.
-template <class S, class V, Activation A, bool streaming>
+template <class S, class V, Activation A, bool streaming, bool second_level>
 FLATWATER_ONE_COPY
 void vector_apply(const At<S> &all, const Pieces &pieces, const Affine<typename Element<S>::Compute> *affine,
                   index ahead) {
@@ -147,10 +160,10 @@ void vector_apply(const At<S> &all, const Pieces &pieces, const Affine<typename 
     const auto piece_apply = [&](index n, index c) {
         const auto f = affine[c];
         const index piece = pieces.offset + n * pieces.stride + c * pieces.length;
-        at.prefetch_inputs(piece + pieces.length - 1 + ahead);  // its line is begun by no vector
+        at.prefetch_inputs(piece + pieces.length - 1 + ahead, second_level);  // its line is begun by no vector
         if constexpr (streaming) ends.prefetch(at.y, n, c);
         fill_piece<S, V, streaming>(at.y, piece, pieces.length, [=](index i, const auto &put) {
-            at.prefetch_inputs(i + ahead);
+            at.prefetch_inputs(i + ahead, second_level);
             V z = (fetch<S, V>(at.x + i) - f.shift) * f.scale + f.offset;
             if (at.residual) z += fetch<S, V>(at.residual + i);
             put(at.y + i, activate<A, V>(z));
@@ -164,9 +177,11 @@ template <class S, Activation A>
 void pieces_apply(const At<S> &at, const Pieces &pieces, const Affine<typename Element<S>::Compute> *f, bool streaming,
                   index ahead) {
     using E = Element<S>;
-    if (pieces.length < E::width) return vector_apply<S, typename E::Compute, A, false>(at, pieces, f, ahead);
-    if (streaming) return vector_apply<S, typename E::Vector, A, true>(at, pieces, f, ahead);
-    vector_apply<S, typename E::Vector, A, false>(at, pieces, f, ahead);
+    if (pieces.length < E::width) return vector_apply<S, typename E::Compute, A, false, false>(at, pieces, f, ahead);
+    for_level<S>([&]<bool second_level>() {
+        if (streaming) return vector_apply<S, typename E::Vector, A, true, second_level>(at, pieces, f, ahead);
+        vector_apply<S, typename E::Vector, A, false, second_level>(at, pieces, f, ahead);
+    });
 }
 
 // What a loop asks memory for besides what it reads: two tensors, or other parts of those that it reads.
@@ -175,14 +190,14 @@ struct Prefetched {
     const S *first, *second;
 
     Prefetched plus(index offset) const { return {first + offset, second + offset}; }
-    FLATWATER_HINT void prefetch(index i) const {
-        flatwater::FLATWATER_ISA::prefetch(first + i);
-        flatwater::FLATWATER_ISA::prefetch(second + i);
+    FLATWATER_HINT void prefetch(index i, bool second_level) const {
+        flatwater::FLATWATER_ISA::prefetch(first + i, second_level);
+        flatwater::FLATWATER_ISA::prefetch(second + i, second_level);
     }
 };
 
 // Σdz and Σdz·(x - shift)·unit of each of a block's channels.
-template <class S, class V, Activation A>
+template <class S, class V, Activation A, bool second_level>
 FLATWATER_ONE_COPY
 void vector_sums(const At<S> &all, const Pieces &block, const Channel *channels, const Prefetched<S> &asked,
                  GradientSums *found) {
@@ -207,14 +222,14 @@ void vector_sums(const At<S> &all, const Pieces &block, const Channel *channels,
             dz_sum = dz_sums[c], dz_xhat_sum = dz_xhat_sums[c];
         },
         [&]<int way>(index i) {
-            prefetched.prefetch(i);
+            prefetched.prefetch(i, second_level);
             V shifted;
             const V dz = gradient_at<S, V, A>(at, i, f, shifted);
             sum[way] += dz;
             product[way] += dz * (shifted * unit);
         },
         [&](index i) {
-            prefetched.prefetch(i + Lanes<V>::count - 1);
+            prefetched.prefetch(i + Lanes<V>::count - 1, second_level);
             V shifted;
             const V dz = gradient_at<S, V, A>(at, i, f, shifted);
             sum[3] += rest.only_new(dz);
@@ -234,11 +249,13 @@ void block_sums(const At<S> &at, const Pieces &block, const Channel *channels, c
                 GradientSums *found) {
     using E = Element<S>;
     if (block.length < E::width)
-        return vector_sums<S, typename E::Compute, A>(at, block, channels, prefetched, found);
-    vector_sums<S, typename E::Vector, A>(at, block, channels, prefetched, found);
+        return vector_sums<S, typename E::Compute, A, false>(at, block, channels, prefetched, found);
+    for_level<S>([&]<bool second_level>() {
+        vector_sums<S, typename E::Vector, A, second_level>(at, block, channels, prefetched, found);
+    });
 }
 
-template <class S, class V, Activation A, bool streaming>
+template <class S, class V, Activation A, bool streaming, bool second_level>
 FLATWATER_ONE_COPY
 void vector_gradient(const At<S> &all, const Pieces &pieces, const Affine<typename Element<S>::Compute> *affine,
                      const Gradient<typename Element<S>::Compute> *gradients, index ahead) {
@@ -248,13 +265,13 @@ void vector_gradient(const At<S> &all, const Pieces &pieces, const Affine<typena
         const auto f = affine[c];
         const auto g = gradients[c];
         const index piece = pieces.offset + n * pieces.stride + c * pieces.length;
-        at.prefetch_inputs(piece + pieces.length - 1 + ahead);
+        at.prefetch_inputs(piece + pieces.length - 1 + ahead, second_level);
         if constexpr (streaming) {
             if (at.dx) ends.prefetch(at.dx, n, c);
             if (at.dresidual) ends.prefetch(at.dresidual, n, c);
         }
         const auto gradient = [=](index i, V &shifted) {
-            at.prefetch_inputs(i + ahead);
+            at.prefetch_inputs(i + ahead, second_level);
             return gradient_at<S, V, A>(at, i, f, shifted);
         };
         if (!at.dx) {
@@ -279,11 +296,15 @@ template <class S, Activation A>
 void pieces_gradient(const At<S> &at, const Pieces &pieces, const Affine<typename Element<S>::Compute> *f,
                      const Gradient<typename Element<S>::Compute> *g, bool streaming, index ahead) {
     using E = Element<S>;
-    if (pieces.length < E::width) return vector_gradient<S, typename E::Compute, A, false>(at, pieces, f, g, ahead);
+    if (pieces.length < E::width)
+        return vector_gradient<S, typename E::Compute, A, false, false>(at, pieces, f, g, ahead);
     const bool in_step =
         !at.dx || !at.dresidual || before_multiple(at.dx, line_bytes) == before_multiple(at.dresidual, line_bytes);
-    if (streaming && in_step) return vector_gradient<S, typename E::Vector, A, true>(at, pieces, f, g, ahead);
-    vector_gradient<S, typename E::Vector, A, false>(at, pieces, f, g, ahead);
+    for_level<S>([&]<bool second_level>() {
+        if (streaming && in_step)
+            return vector_gradient<S, typename E::Vector, A, true, second_level>(at, pieces, f, g, ahead);
+        vector_gradient<S, typename E::Vector, A, false, second_level>(at, pieces, f, g, ahead);
+    });
 }
 
 }  // namespace flatwater::FLATWATER_ISA

@@ -58,15 +58,22 @@ const Kernels *choose_kernels(const char *forced);
 // Those in use from the first call on: FLATWATER_ISA names them. std::invalid_argument if it names others.
 const Kernels &kernels();
 
-// What is faster on some makers' processors and not on others'; no result depends on it.
+// What is faster on some processors and not on others; no result depends on it.
 struct Machine {
-    // Rows of many columns are worked on whole, rather than in tiles whose sums stay in the first-level cache; those of
-    // the largest tensors are prefetched into the second-level cache only; short planes are streamed later.
+    const char *name;
+    // Rows of many columns are worked on whole, rather than in tiles whose sums stay in the first-level cache; short
+    // planes are streamed later.
     bool large_caches;
+    // In bytes, tensors whose rows are prefetched into the second-level cache only, in the order in which they lie.
+    index second_level_rows;
+    // Planes are prefetched into the second-level cache only.
+    bool second_level_planes;
+    // In bytes of one channel and tensor, where the next channels' planes are asked for while these are being written.
+    index largest_ahead;
 };
 
-// Of this processor, or of the maker that FLATWATER_TUNING names, "intel" or "other". std::invalid_argument if that is
-// neither, from kernels() already.
+// Of this processor, or the one that FLATWATER_TUNING names: "intel", "zen4" or "other". std::invalid_argument if it
+// names another, from kernels() already.
 const Machine &machine();
 
 // moving = momentum * moving + (1 - momentum) * batch, in place; T is float or double.

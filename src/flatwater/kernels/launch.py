@@ -40,6 +40,8 @@ Statistics = npt.NDArray[np.float64]
 
 _chosen = False  # whether the program has said by set_threads how many threads compute
 _OUTPUTS = frozenset({"y", "dx", "dresidual"})
+_ISAS = frozenset({"avx512", "avx2", "baseline"})
+_TUNINGS = frozenset({"intel", "zen4", "other"})
 _MOST_BYTES = 2**63 - 1  # that an address can be offset by
 
 
@@ -65,23 +67,26 @@ def isa() -> str:
     """The instruction set in use: ``"avx512"``, ``"avx2"`` or ``"baseline"``.
 
     The best that this processor runs, or the one that the environment variable ``FLATWATER_ISA``
-    named when the first kernel was called. How memory is read and written depends on who made the processor, or on the
-    maker that ``FLATWATER_TUNING`` names, ``intel`` or ``other``; results do not.
+    named when the first kernel was called. How memory is read and written depends on the processor, or on what
+    ``FLATWATER_TUNING`` names instead: ``intel``, ``zen4`` or ``other``; results do not.
 
     Raises:
-        BackendError: ``FLATWATER_ISA`` names one that this processor or build lacks, or ``FLATWATER_TUNING`` neither.
+        BackendError: ``FLATWATER_ISA`` names one that this processor or build lacks, or ``FLATWATER_TUNING`` another
+            than these three.
     """
     try:
         return str(_cpu.isa())
     except ValueError as error:
-        tuning = os.environ.get("FLATWATER_TUNING")
-        if tuning not in (None, "", "intel", "other"):
-            raise BackendError(f"FLATWATER_TUNING={tuning!r} is no maker; unset it, or use intel or other") from error
-        forced = os.environ.get("FLATWATER_ISA")
-        raise BackendError(
-            f"FLATWATER_ISA={forced!r} is not an instruction set of this machine; unset it, "
-            "or use avx512, avx2 or baseline"
-        ) from error
+        wrong = []
+        tuning, forced = os.environ.get("FLATWATER_TUNING"), os.environ.get("FLATWATER_ISA")
+        if tuning not in (None, "", *_TUNINGS):
+            wrong.append(f"FLATWATER_TUNING={tuning!r} is no processor: unset it, or use intel, zen4 or other")
+        if not wrong or forced not in (None, "", *_ISAS):
+            wrong.append(
+                f"FLATWATER_ISA={forced!r} is not an instruction set of this machine: unset it, "
+                "or use avx512, avx2 or baseline"
+            )
+        raise BackendError("; ".join(wrong)) from error
 
 
 @cache
