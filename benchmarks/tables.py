@@ -55,5 +55,5 @@ def mark(text: str, *, missed: bool) -> str:
 
 def busy(result: Result) -> str:
     """Whether the machine was quiet enough for what was measured."""
-    text = f"medians of rounds; other processes kept {result['others']:.2f} processors busy"
+    text = f"medians of rounds; other processes and machines kept {result['others']:.2f} processors busy"
     return f"{text}: [bold red]measure again when it is quiet {MISSED}[/]" if result["others"] > QUIET else text

@@ -121,7 +121,7 @@ def geometric_mean(ratios: Iterable[float]) -> float:
 class Others:
     """How many processors everything but these processes has kept busy since this was made.
 
-    Known on Linux; elsewhere nan.
+    What a hypervisor gave to other machines while this one had work for it counts. Known on Linux; elsewhere nan.
 
     Args:
         processes: those that measure, besides this one; they must outlive this object.
@@ -146,12 +146,12 @@ def page_faults() -> int:
 
 
 def _busy() -> float:
-    """Seconds that all processors have spent on all processes."""
+    """Seconds that all processors have spent on all processes, or on other virtual machines when wanted here."""
     try:
         fields = Path("/proc/stat").read_text(encoding="ascii").split()
     except FileNotFoundError:
         return math.nan
-    return _seconds(fields[1:4])  # user, nice, system
+    return _seconds([*fields[1:4], fields[8]])  # user, nice, system; steal
 
 
 def _process_time(process: int) -> float:
