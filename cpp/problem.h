@@ -68,7 +68,9 @@ struct Machine {
     index second_level_rows;
     // Planes are prefetched into the second-level cache only.
     bool second_level_planes;
-    // In bytes of one channel and tensor, where the next channels' planes are asked for while these are being written.
+    // In bytes of one channel and tensor, where the next channels' planes are asked for while these are being written. Of
+    // larger ones, what is asked for drives out of the second-level cache what is about to be read again: on some
+    // processors the greater loss.
     index largest_ahead;
 };
 
