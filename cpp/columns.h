@@ -75,6 +75,12 @@ struct Block {
     }
 };
 
+// How many vectors cover the columns.
+template <class V>
+inline index slots(index columns) {
+    return (columns + Lanes<V>::count - 1) / Lanes<V>::count;
+}
+
 // Which element a loop over rows asks memory for when it works on the one at i: into the first-level cache the one
 // `distance` away from it; into the second-level cache, whose own prefetching follows runs of lines, one vector after
 // the other as they lie in the tile, from `first` + `distance` on.
@@ -84,7 +90,7 @@ class Asking {
     Asking(const Block &b, index first, index distance)
         : distance_(distance),
           next_(first + distance),
-          slots_((b.columns + Lanes<V>::count - 1) / Lanes<V>::count),
+          slots_(slots<V>(b.columns)),
           left_(slots_),
           to_next_row_(b.stride - slots_ * Lanes<V>::count) {}
 
@@ -107,11 +113,6 @@ inline void each_slot(index columns, const Body &body) {
     index slot = 0, j = 0;
     for (; j + width <= columns; j += width) body(slot++, j);
     if (j < columns) body(slot, columns - width);
-}
-
-template <class V>
-inline index slots(index columns) {
-    return (columns + Lanes<V>::count - 1) / Lanes<V>::count;
 }
 
 // Calls body<group>(r) for whole groups of rows, and body<1>(r) for those left over; or the other way round.

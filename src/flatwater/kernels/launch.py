@@ -40,8 +40,8 @@ Statistics = npt.NDArray[np.float64]
 
 _chosen = False  # whether the program has said by set_threads how many threads compute
 _OUTPUTS = frozenset({"y", "dx", "dresidual"})
-_ISAS = frozenset({"avx512", "avx2", "baseline"})
-_TUNINGS = frozenset({"intel", "zen4", "other"})
+_ISAS = "avx512", "avx2", "baseline"
+_TUNINGS = "intel", "zen4", "other"
 _MOST_BYTES = 2**63 - 1  # that an address can be offset by
 
 
@@ -80,11 +80,11 @@ def isa() -> str:
         wrong = []
         tuning, forced = os.environ.get("FLATWATER_TUNING"), os.environ.get("FLATWATER_ISA")
         if tuning not in (None, "", *_TUNINGS):
-            wrong.append(f"FLATWATER_TUNING={tuning!r} is no processor: unset it, or use intel, zen4 or other")
+            wrong.append(f"FLATWATER_TUNING={tuning!r} is no processor: unset it, or use one of {', '.join(_TUNINGS)}")
         if not wrong or forced not in (None, "", *_ISAS):
             wrong.append(
                 f"FLATWATER_ISA={forced!r} is not an instruction set of this machine: unset it, "
-                "or use avx512, avx2 or baseline"
+                f"or use one of {', '.join(_ISAS)}"
             )
         raise BackendError("; ".join(wrong)) from error
 
