@@ -212,6 +212,16 @@ def test_a_shared_parameter_is_free_when_the_last_of_its_layers_is() -> None:
     assert model[1].weight.stop_gradient is False
 
 
+def test_a_shared_parameter_that_is_frozen_at_once_is_free_again() -> None:
+    model = network()
+    model[3].weight = model[1].weight
+    freeze(model)
+    thaw(model, pattern="1")
+    assert model[1].weight.stop_gradient is True
+    thaw(model)
+    assert model[1].weight.stop_gradient is False
+
+
 def test_the_report_says_what_moved_and_by_how_much() -> None:
     model = network()
     freeze(model)

@@ -80,6 +80,17 @@ def freeze(folder: Path, rank: int) -> None:
         ranks: list[paddle.Tensor] = []
         paddle.distributed.all_gather(ranks, model[0].weight)
         assert np.array_equal(ranks[0].numpy(), ranks[1].numpy())
+    model = nn.Sequential(nn.Linear(3, 3), fw.BatchNorm1D(3), fw.BatchNorm1D(3))
+    model[2].bias.stop_gradient = True  # somebody's own wish, which thawing leaves as it is
+    fw.freeze(model, pattern="1", weight=True, bias=False, statistics=False)
+    wrapped = paddle.DataParallel(model, find_unused_parameters=True)
+    fw.freeze(wrapped)
+    fw.thaw(wrapped, pattern="_layers.2")
+    assert not model[2].weight.stop_gradient
+    assert model[2].bias.stop_gradient
+    with pytest.raises(SurgeryError, match="thaw the model that it wraps"):
+        fw.thaw(wrapped)  # γ of the first was frozen before, β behind the reducer
+    assert model[1].weight.stop_gradient
     strict = paddle.DataParallel(nn.Sequential(fw.BatchNorm1D(3)))
     with pytest.raises(SurgeryError, match="freeze before wrapping"):
         fw.freeze(strict)

@@ -44,20 +44,26 @@ class _Memory:
         flags: ``stop_gradient`` of γ and β, by name, before they were frozen first.
         settings: the attributes that freezing the statistics replaced, among them its class.
         copies: everything frozen, by name, as it was when it was frozen first.
-        behind_reducer: whether γ and β were frozen through the DataParallel that reduces their gradients.
+        behind_reducer: which of γ and β were trainable until they were frozen through the DataParallel that averages
+            their gradients.
     """
 
     flags: dict[str, bool] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     copies: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
-    behind_reducer: bool = False
+    behind_reducer: set[str] = field(default_factory=set)
+
+    def unreduced(self, names: Set[str]) -> set[str]:
+        """Which of these, once thawed, would be trained without the DataParallel averaging their gradients."""
+        trainable = {name for name in names & self.flags.keys() if not self.flags[name]}
+        return trainable - self.behind_reducer
 
     def without(self, names: Set[str]) -> _Memory | None:
         """The same, but for these tensors (the settings are the statistics'); None if nothing else is frozen."""
         copies = {name: copy for name, copy in self.copies.items() if name not in names}
         flags = {name: flag for name, flag in self.flags.items() if name not in names}
         settings = {} if "_mean" in names else self.settings
-        return _Memory(flags, settings, copies, self.behind_reducer) if copies else None
+        return _Memory(flags, settings, copies, self.behind_reducer - names) if copies else None
 
 
 def freeze(
@@ -163,7 +169,7 @@ def thaw_layers(
             frozen.append((path, layer, memory))
         else:
             report.left[path] = "is not frozen" if memory is None else "what was to be thawed of it is not frozen"
-    if _reduces(model) and any(names & memory.flags.keys() and not memory.behind_reducer for _, _, memory in frozen):
+    if _reduces(model) and any(memory.unreduced(names) for _, _, memory in frozen):
         raise SurgeryError(
             "this DataParallel was made when γ or β were frozen, and would not average their gradients; thaw the "
             "model that it wraps, and wrap it again"
@@ -301,7 +307,11 @@ def _is_stock(layer: paddle.nn.Layer) -> bool:
 
 
 def _freeze(layer: Any, names: list[str], recorded: dict[int, bool], *, behind_reducer: bool) -> bool:
-    """Whether anything had to be changed; ``recorded`` has the flags of parameters that other layers share."""
+    """Whether anything had to be changed.
+
+    Args:
+        recorded: what ``stop_gradient`` was of frozen parameters, which layers may share; completed.
+    """
     memory = _memory_of(layer) or _Memory()
     changed = False
     for name in names:
@@ -309,11 +319,13 @@ def _freeze(layer: Any, names: list[str], recorded: dict[int, bool], *, behind_r
         memory.copies.setdefault(name, to_numpy(tensor))
         if name in _STATISTICS:
             continue
-        memory.flags.setdefault(name, recorded.get(id(tensor), tensor.stop_gradient))
+        trainable = not recorded.setdefault(id(tensor), tensor.stop_gradient)
+        if behind_reducer and trainable and (name not in memory.flags or not tensor.stop_gradient):
+            memory.behind_reducer.add(name)
+        memory.flags.setdefault(name, not trainable)
         if not tensor.stop_gradient:
             tensor.stop_gradient = True
             tensor.clear_gradient(False)  # clear_grad() passes frozen parameters by
-            memory.behind_reducer = behind_reducer
             changed = True
     if "_mean" in names and (layer._use_global_stats is not True or _is_stock(layer)):
         memory.settings.setdefault("_use_global_stats", layer._use_global_stats)
