@@ -221,7 +221,7 @@ struct Batch {
         set_columns(p, layout, false, columns);
         parallel_for_backwards(layout.tasks(), p.shape.elements(), [&](index task) {
             const Tile tile(layout, task);
-            columns_apply<S, A>(At<S>(p, tile.offset), block_of(p, layout, tile), columns, is_large<S>(p));
+            columns_apply<S, A>(At<S>(p, tile.offset), block_of(p, layout, tile), columns, streams_rows<S>(p));
             finish_streaming();
         });
     }
@@ -252,7 +252,7 @@ struct Batch {
         set_columns(p, layout, true, columns);
         parallel_for_backwards(layout.tasks(), p.shape.elements(), [&](index task) {
             const Tile tile(layout, task);
-            columns_gradient<S, A>(At<S>(p, tile.offset), block_of(p, layout, tile), columns, is_large<S>(p));
+            columns_gradient<S, A>(At<S>(p, tile.offset), block_of(p, layout, tile), columns, streams_rows<S>(p));
             finish_streaming();
         });
     }

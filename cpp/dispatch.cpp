@@ -36,13 +36,15 @@ const Kernels *choose_kernels(const char *forced) {
 
 namespace {
 
-constexpr index any_size = std::numeric_limits<index>::max(), mebibyte = 1 << 20;
+constexpr index any_size = std::numeric_limits<index>::max(), mebibyte = 1 << 20, kibibyte = 1 << 10;
+constexpr From any_tensor = {any_size, false}, tensor_of_16 = {16 * mebibyte, false};
 
 // Each as measured on two cores of a virtual machine: Sapphire Rapids or later, Zen 4, and Zen 5 for all others.
 constexpr Machine machines[] = {
-    {"intel", true, 28 * mebibyte, false, mebibyte / 4},
-    {"zen4", false, 16 * mebibyte, true, any_size},
-    {"other", false, any_size, false, any_size},
+    {"intel", true, tensor_of_16, tensor_of_16, {28 * mebibyte, true}, {28 * mebibyte, false}, false, mebibyte / 4},
+    {"zen4", false, {5632 * kibibyte, true}, {12 * mebibyte, true}, {12 * mebibyte, true}, {5632 * kibibyte, true},
+     true, any_size},
+    {"other", false, tensor_of_16, tensor_of_16, tensor_of_16, any_tensor, false, any_size},
 };
 
 const char *this_machine() {

@@ -95,7 +95,7 @@ struct Group {
             const Part part(p, task);
             Columns<T> columns(part.channels);
             for (index j = 0; j < part.channels; ++j) columns.set(j, Affine<T>(channel(p, part.n, part.first + j)));
-            columns_apply<S, A>(At<S>(p, part.offset), part.block, columns, is_large<S>(p));
+            columns_apply<S, A>(At<S>(p, part.offset), part.block, columns, streams_rows<S>(p));
             finish_streaming();
         });
     }
@@ -203,7 +203,7 @@ struct Group {
                 columns.set(j, Affine<T>(each));
                 columns.set(j, Gradient<T>(each, mean.dz, mean.dz_xhat));
             }
-            columns_gradient<S, A>(At<S>(p, part.offset), part.block, columns, is_large<S>(p));
+            columns_gradient<S, A>(At<S>(p, part.offset), part.block, columns, streams_rows<S>(p));
             finish_streaming();
         });
     }

@@ -31,11 +31,8 @@ constexpr index bytes_together = 96 << 10, most_together = 32;
 // Of one channel and tensor, where the planes to be written are asked for while those that are read are being summed.
 constexpr index largest_slab = 128 << 10;
 
-// A result of this size does not stay in any cache until it is read again.
-constexpr index streaming_bytes = index(16) << 20;
-
-// From this size on processors with large caches (Machine) stream planes shorter than these, too.
-constexpr index long_plane = 4 << 10, beyond_bytes = index(28) << 20;
+// Planes of less are short (Machine).
+constexpr index long_plane = 4 << 10;
 
 // Memory for a call's own partial results.
 template <class T>
@@ -126,7 +123,7 @@ struct RowLayout {
         const index chunks = larger(1, 32 / l.tiles), rows = (l.rows + chunks - 1) / chunks;
         l.chunk_rows = larger(1, (rows + 63) / 64) * 64;
         l.chunks = (l.rows + l.chunk_rows - 1) / l.chunk_rows;
-        if (machine().large_caches && l.chunks >= 2 * threads) l.set_tiles(widest_tile, unit);
+        if (machine().whole_rows && l.chunks >= 2 * threads) l.set_tiles(widest_tile, unit);
         return l;
     }
 
@@ -190,25 +187,29 @@ index bytes_of(const Problem &p) {
 }
 
 template <class S>
-bool is_large(const Problem &p) {
-    return bytes_of<S>(p) >= streaming_bytes;
+bool reaches(const From &from, const Problem &p) {
+    const index tensors = from.of_step && (p.residual || p.dresidual) ? 6 : 4;
+    return bytes_of<S>(p) >= from.bytes / tensors * 4;
 }
 
-// Whether what is written plane by plane is streamed. Of a plane as short as 7 × 7 the ends, which are not, are nearly
-// all there is.
+// Whether what is written row by row is streamed: it does not stay in any cache until it is read again.
+template <class S>
+bool streams_rows(const Problem &p) {
+    return reaches<S>(machine().stream_rows, p);
+}
+
+// The same, plane by plane. Of a plane as short as 7 × 7 the ends, which are not streamed, are nearly all there is.
 template <class S>
 bool streams_planes(const Problem &p) {
     const index plane = p.shape.inner * index(sizeof(S));
-    if (!is_large<S>(p) || plane < 4 * line_bytes) return false;
-    if (plane >= long_plane || !machine().large_caches) return true;
-    // What counts is all that a step reads and writes: six tensors with a residual, else four.
-    return (p.residual || p.dresidual ? 6 : 4) * bytes_of<S>(p) >= 4 * beyond_bytes;
+    if (plane < 4 * line_bytes) return false;
+    return reaches<S>(plane < long_plane ? machine().stream_short_planes : machine().stream_planes, p);
 }
 
 // Whether rows of columns are prefetched into the second-level cache only.
 template <class S>
 bool prefetches_second_level(const Problem &p) {
-    return bytes_of<S>(p) >= machine().second_level_rows;
+    return reaches<S>(machine().second_level_rows, p);
 }
 
 // GCC 12 takes a function that only prefetches for one that does nothing, and drops the calls that it has not inlined.

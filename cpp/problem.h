@@ -58,14 +58,22 @@ const Kernels *choose_kernels(const char *forced);
 // Those in use from the first call on: FLATWATER_ISA names them. std::invalid_argument if it names others.
 const Kernels &kernels();
 
+// From this size on something is done, in bytes: of one tensor, or a quarter of all that a training step reads and
+// writes, which is four tensors, or six with a residual.
+struct From {
+    index bytes;
+    bool of_step;
+};
+
 // What is faster on some processors and not on others; no result depends on it.
 struct Machine {
     const char *name;
-    // Rows of many columns are worked on whole, rather than in tiles whose sums stay in the first-level cache; short
-    // planes are streamed later.
-    bool large_caches;
-    // In bytes, tensors whose rows are prefetched into the second-level cache only, in the order in which they lie.
-    index second_level_rows;
+    // Rows of many columns are worked on whole, rather than in tiles whose sums stay in the first-level cache.
+    bool whole_rows;
+    // What is written is streamed past the caches: rows, planes, and planes of less than 4 KiB.
+    From stream_rows, stream_planes, stream_short_planes;
+    // Rows are prefetched into the second-level cache only, in the order in which they lie.
+    From second_level_rows;
     // Planes are prefetched into the second-level cache only.
     bool second_level_planes;
     // In bytes of one channel and tensor, where the next channels' planes are asked for while these are being written. Of

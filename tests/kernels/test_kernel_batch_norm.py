@@ -73,7 +73,7 @@ def test_any_shape_at_any_address(case, offset) -> None:
 
 @LAYOUTS
 def test_tensors_beyond_every_cache(channels_last: bool) -> None:
-    """16 MiB and more are written past the caches, in code of their own; here off every alignment."""
+    """What is as large as this is written past the caches, in code of its own; here off every alignment."""
     case = make_case((3, 5, 299_993), channels_last=channels_last, activation="relu", residual=True, offset=3, seed=1)
     check_forward(case, offset=5)
     check_backward(case, offset=7)

@@ -156,6 +156,10 @@ for shape, residual in (((64, 337, 197), True), ((64, 337, 211), False), ((16, 3
     add_bits(make_case(shape, activation="relu", residual=residual))
 for shape, groups in (((16, 31, 15_000), None), ((8, 1030, 920), None), ((16, 71, 6_600), 1)):
     add_bits(make_case(shape, channels_last=True, activation="relu", residual=True, groups=groups))
+# Of sizes that some stream and others do not.
+add_bits(make_case((16, 31, 3_300), channels_last=True, activation="relu"))
+for length in (197, 1999):
+    add_bits(make_case((23, 6_000_000 // 46 // length, length), activation="relu", residual=True))
 print(found.hexdigest())
 """
 
