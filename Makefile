@@ -10,8 +10,10 @@ BIN     = $(VENV)/bin
 ocr: $(VENV)/.flatwater
 	$(BIN)/flatwater ocr train --output runs/ocr
 
+# Most tests compute with one thread or wait for processes that they started: as many run side by side as there are
+# processors. (Each has a Paddle of its own, up to 2 GB with the largest networks, so no more than four.)
 test: $(VENV)/.zoo
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 lint: $(VENV)/.flatwater
 	$(BIN)/pip install --quiet '.[lint]'
