@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from benchmarks import machine
+from benchmarks.round_trip import round_trip
 from benchmarks.timing import Others, Quartiles, Times, rounds
 from benchmarks.worker import Worker
 
@@ -50,7 +51,7 @@ def measure(*, count: int = 5, progress: Callable[[str], object] = print) -> dic
             name: stack.enter_context(Worker("host_worker", make())) for name, make in machine.ENVIRONMENTS.items()
         }
         others = Others(*(worker.pid for worker in workers.values()))
-        rows = []
+        rows, trips = [], [round_trip()]
         for model in workers["tuned"].call("models"):
             progress(f"host: {model}")
             for worker in workers.values():
@@ -61,8 +62,9 @@ def measure(*, count: int = 5, progress: Callable[[str], object] = print) -> dic
                 "flatwater": workers["tuned"].timer("flatwater"),
             }
             rows.append(row_of(model, rounds(timers, count)))
+            trips.append(round_trip())
         busy = others.processors()
-    return {"rows": [asdict(row) | {"holds": row.holds} for row in rows], "others": busy}
+    return {"rows": [asdict(row) | {"holds": row.holds} for row in rows], "others": busy, "round_trips": trips}
 
 
 def row_of(model: str, times: dict[str, Times]) -> Row:

@@ -38,6 +38,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks.round_trip import round_trip
 from benchmarks.shapes import LAYOUTS, Case, Shape, memory_shape
 from benchmarks.timing import Others, Quartiles, Times, geometric_mean, rounds, timer
 from flatwater import kernels
@@ -226,16 +227,18 @@ def measure(
     """
     rows: list[Row] = []
     variants = [(activation, residual) for residual in residuals for activation in activations]
-    others = Others()
+    others, trips = Others(), [round_trip()]
     with ThreadPoolExecutor(kernels.threads()) as threads:
         for case in cases:
             for layout in layouts:
                 progress(f"kernels: {case.name} {layout}")
                 rows += _measure(case, layout, variants, count, threads)
+                trips.append(round_trip())
     return {
         "rows": [asdict(row) for row in rows],
         "summaries": [asdict(summary) | {"holds": summary.holds} for summary in summarize(rows)],
         "others": others.processors(),
+        "round_trips": trips,
     }
 
 

@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import machine
+from benchmarks.round_trip import round_trip
 from benchmarks.shapes import Case
 from benchmarks.timing import Others, Quartiles, Timer, Times, geometric_mean, rounds
 from benchmarks.worker import Worker
@@ -133,7 +134,7 @@ def measure(
 
     rows: list[Row] = []
     described: dict[str, Any] = {}
-    busy = 0.0
+    busy, trips = 0.0, [round_trip()]
     for case in cases:
         progress(f"layers: {case.name}")
         with ExitStack() as stack:
@@ -150,11 +151,13 @@ def measure(
             others = Others(*(worker.pid for worker in workers.values()))
             rows += rows_of(case, rounds(timers, count), layouts, norms, environments)
             busy = max(busy, others.processors())
+            trips.append(round_trip())
     return {
         "rows": [asdict(row) | {"slower_than": row.slower_than} for row in rows],
         "summaries": [asdict(summary) | {"holds": summary.holds} for summary in summarize(rows)],
         "workers": described,
         "others": busy,
+        "round_trips": trips,
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from benchmarks.round_trip import APART
 from benchmarks.timing import QUIET
 
 __all__ = ["MISSED", "Result", "busy", "mark", "pages", "right", "table_of"]
@@ -54,6 +56,12 @@ def mark(text: str, *, missed: bool) -> str:
 
 
 def busy(result: Result) -> str:
-    """Whether the machine was quiet enough for what was measured."""
+    """Whether the machine was quiet enough for what was measured, and how far apart its processors were meanwhile."""
     text = f"medians of rounds; other processes and machines kept {result['others']:.2f} processors busy"
-    return f"{text}: [bold red]measure again when it is quiet {MISSED}[/]" if result["others"] > QUIET else text
+    if result["others"] > QUIET:
+        text += f": [bold red]measure again when it is quiet {MISSED}[/]"
+    if trips := [trip for trip in result.get("round_trips", ()) if not math.isnan(trip)]:
+        text += f"\na byte went to another processor and back in {min(trips):.0f} to {max(trips):.0f} ns"
+        if max(trips) > APART * min(trips):
+            text += ": [bold]moved apart[/], see README.md"
+    return text

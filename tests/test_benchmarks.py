@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import paddle
 import pytest
-from benchmarks import accuracy, kernels, layers, machine, memory, report, shapes, timing
+from benchmarks import accuracy, kernels, layers, machine, memory, report, round_trip, shapes, tables, timing
 from benchmarks.hard_data import CASES, hard_case, read_case, write_case
 from paddle.vision import models
 from rich.console import Console, RenderableType
@@ -257,6 +258,33 @@ def test_layers_fit_the_terminal_and_mark_where_ours_is_slower() -> None:
     assert "…" not in text
     assert text.count("0.87!") == 16  # two environments, two layouts: in the row, at its foot, in both summaries
     assert "measure again" in text
+
+
+@pytest.mark.parametrize(
+    ("trips", "said"),
+    [
+        ([], ""),
+        ([math.nan], ""),
+        ([250.0, 300.0, math.nan], "in 250 to 300 ns"),
+        ([250.0, 400.0], "in 250 to 400 ns: [bold]moved apart[/]"),
+    ],
+)
+def test_processors_that_are_moved_apart_are_noticed(trips: list[float], said: str) -> None:
+    text = tables.busy({"others": 0.0, "round_trips": trips})
+    assert said in text
+    assert ("moved apart" in text) == ("moved apart" in said)
+    assert ("a byte" in text) == bool(said)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="pins processes to processors")
+def test_a_byte_goes_to_another_processor_and_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    trip = round_trip.round_trip()
+    # Its processors may be taken by others for longer than it waits.
+    assert math.isnan(trip) or trip > 0
+    if len(os.sched_getaffinity(0)) == 1:
+        assert math.isnan(trip)
+    monkeypatch.setattr(round_trip, "LONGEST", 0.001)
+    assert math.isnan(round_trip.round_trip())
 
 
 def test_an_error_that_is_not_the_smallest_is_marked() -> None:
