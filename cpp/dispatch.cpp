@@ -36,15 +36,46 @@ const Kernels *choose_kernels(const char *forced) {
 
 namespace {
 
-constexpr index any_size = std::numeric_limits<index>::max(), mebibyte = 1 << 20, kibibyte = 1 << 10;
-constexpr From any_tensor = {any_size, false}, tensor_of_16 = {16 * mebibyte, false};
+constexpr index any_size = std::numeric_limits<index>::max(), mebibyte = 1 << 20;
+
+constexpr From tensor_of(index mebibytes) { return {mebibytes * mebibyte, false}; }
+constexpr From step_of(index mebibytes) { return {mebibytes * mebibyte / 4, true}; }
 
 // Each as measured on two cores of a virtual machine: Sapphire Rapids or later, Zen 4, and Zen 5 for all others.
 constexpr Machine machines[] = {
-    {"intel", true, tensor_of_16, tensor_of_16, {28 * mebibyte, true}, {28 * mebibyte, false}, false, mebibyte / 4},
-    {"zen4", false, {5632 * kibibyte, true}, {12 * mebibyte, true}, {12 * mebibyte, true}, {5632 * kibibyte, true},
-     true, any_size},
-    {"other", false, tensor_of_16, tensor_of_16, tensor_of_16, any_tensor, false, any_size},
+    {
+        .name = "intel",
+        .whole_rows = true,
+        .stream_rows = tensor_of(16),
+        .stream_planes = tensor_of(16),
+        .stream_short_planes = step_of(4 * 28),
+        .shortest_half_plane = 256,
+        .second_level_rows = tensor_of(28),
+        .second_level_planes = false,
+        .largest_ahead = mebibyte / 4,
+    },
+    {
+        .name = "zen4",
+        .whole_rows = false,
+        .stream_rows = step_of(22),
+        .stream_planes = step_of(48),
+        .stream_short_planes = step_of(48),
+        .shortest_half_plane = 512,
+        .second_level_rows = step_of(22),
+        .second_level_planes = true,
+        .largest_ahead = any_size,
+    },
+    {
+        .name = "other",
+        .whole_rows = false,
+        .stream_rows = tensor_of(16),
+        .stream_planes = tensor_of(16),
+        .stream_short_planes = tensor_of(16),
+        .shortest_half_plane = 256,
+        .second_level_rows = {any_size, false},
+        .second_level_planes = false,
+        .largest_ahead = any_size,
+    },
 };
 
 const char *this_machine() {

@@ -31,8 +31,8 @@ constexpr index bytes_together = 96 << 10, most_together = 32;
 // Of one channel and tensor, where the planes to be written are asked for while those that are read are being summed.
 constexpr index largest_slab = 128 << 10;
 
-// Planes of less are short (Machine).
-constexpr index long_plane = 4 << 10;
+// In bytes: shorter planes are never streamed; where they are short (Machine).
+constexpr index shortest_plane = 4 * line_bytes, long_plane = 4 << 10;
 
 // Memory for a call's own partial results.
 template <class T>
@@ -202,7 +202,7 @@ bool streams_rows(const Problem &p) {
 template <class S>
 bool streams_planes(const Problem &p) {
     const index plane = p.shape.inner * index(sizeof(S));
-    if (plane < 4 * line_bytes) return false;
+    if (plane < (sizeof(S) == 2 ? machine().shortest_half_plane : shortest_plane)) return false;
     return reaches<S>(plane < long_plane ? machine().stream_short_planes : machine().stream_planes, p);
 }
 

@@ -72,12 +72,14 @@ struct Machine {
     bool whole_rows;
     // What is written is streamed past the caches: rows, planes, and planes of less than 4 KiB.
     From stream_rows, stream_planes, stream_short_planes;
+    // In bytes, planes of 16-bit elements that are shorter are never streamed: their ends cost more than it saves.
+    index shortest_half_plane;
     // Rows are prefetched into the second-level cache only, in the order in which they lie.
     From second_level_rows;
     // Planes are prefetched into the second-level cache only.
     bool second_level_planes;
-    // In bytes of one channel and tensor, where the next channels' planes are asked for while these are being written. Of
-    // larger ones, what is asked for drives out of the second-level cache what is about to be read again: on some
+    // In bytes of one channel and tensor, where the next channels' planes are asked for while these are being written.
+    // Of larger ones, what is asked for drives out of the second-level cache what is about to be read again: on some
     // processors the greater loss.
     index largest_ahead;
 };

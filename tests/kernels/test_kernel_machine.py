@@ -160,6 +160,7 @@ for shape, groups in (((16, 31, 15_000), None), ((8, 1030, 920), None), ((16, 71
 add_bits(make_case((16, 31, 3_300), channels_last=True, activation="relu"))
 for length in (197, 1999):
     add_bits(make_case((23, 6_000_000 // 46 // length, length), activation="relu", residual=True))
+add_bits(make_case((64, 680, 197), "bfloat16", activation="relu"))
 print(found.hexdigest())
 """
 
