@@ -12,8 +12,10 @@ ocr: $(VENV)/.flatwater
 
 # Most tests compute with one thread or wait for processes that they started: as many run side by side as there are
 # processors. (Each has a Paddle of its own, up to 2 GB with the largest networks, so no more than four.)
+PYTEST = $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+
 test: $(VENV)/.zoo
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+	$(PYTEST)
 
 lint: $(VENV)/.flatwater
 	$(BIN)/pip install --quiet '.[lint]'
@@ -38,7 +40,7 @@ sanitize: $(VENV)/.flatwater
 	    --config-settings=build-dir=build/sanitize-objects --config-settings=cmake.build-type=RelWithDebInfo \
 	    --config-settings=cmake.define.FLATWATER_SANITIZE=$(SANITIZERS) .
 	nm -D build/sanitize/flatwater/kernels/_cpu.*.so | grep -q __asan_
-	set -e; for isa in $(ISAS); do $(SANITIZED) FLATWATER_ISA=$$isa $(BIN)/python -m pytest tests/kernels; done
+	set -e; for isa in $(ISAS); do $(SANITIZED) FLATWATER_ISA=$$isa $(PYTEST) tests/kernels; done
 
 # Random calls against the formulas, under the same sanitizers; for libFuzzer see fuzz/CMakeLists.txt.
 fuzz:
