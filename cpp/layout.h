@@ -31,7 +31,7 @@ constexpr index bytes_together = 96 << 10, most_together = 32;
 // Of one channel and tensor, where the planes to be written are asked for while those that are read are being summed.
 constexpr index largest_slab = 128 << 10;
 
-// In bytes: shorter planes are never streamed; where they are short (Machine).
+// Planes, in bytes: ones shorter than the first are never streamed, ones shorter than the second are short (Machine).
 constexpr index shortest_plane = 4 * line_bytes, long_plane = 4 << 10;
 
 // Memory for a call's own partial results.
