@@ -46,7 +46,7 @@ struct Batch {
         const index together = whole ? larger(1, smaller(bytes_together / slab_bytes(p), most)) : 1;
         parallel_for((channels + together - 1) / together, p.shape.elements(), [&](index task) {
             const index first = task * together;
-            const bool asks = first + 2 * together <= channels && slab_bytes(p) <= machine().largest_ahead;
+            const bool asks = first + 2 * together <= channels && (machine().always_ahead || outputs_fit(p));
             body(first, smaller(together, channels - first), asks ? together * p.shape.inner : 0);
         });
     }

@@ -10,6 +10,12 @@ struct Channel {
     double mean, inv_std, weight, bias;
 };
 
+// A coefficient as loops over elements take it. NaN becomes one whose lower half is 0 (Rounding), whatever a user has.
+template <class T>
+inline T coefficient(double value) {
+    return value == value ? T(value) : T(__builtin_nan(""));
+}
+
 // z = (x - shift)·scale + offset. The mean is split: `shift` is its value in the precision of the
 // elements, so that x - shift is exact where it matters, and the rest of it goes into `offset`. All of it goes there
 // if it is less than a sixteenth of a deviation: to subtract it from every element would cost a rounding, and save
@@ -22,11 +28,11 @@ struct Affine {
     FLATWATER_ONE_COPY
     explicit Affine(const Channel &channel)
         : shift(shift_of(channel)),
-          scale(T(channel.inv_std * channel.weight)),
-          offset(T(channel.bias - rest(channel) * channel.inv_std * channel.weight)) {}
+          scale(coefficient<T>(channel.inv_std * channel.weight)),
+          offset(coefficient<T>(channel.bias - rest(channel) * channel.inv_std * channel.weight)) {}
 
     static T shift_of(const Channel &channel) {
-        return __builtin_fabs(channel.mean * channel.inv_std) < 1.0 / 16 ? T(0) : T(channel.mean);
+        return __builtin_fabs(channel.mean * channel.inv_std) < 1.0 / 16 ? T(0) : coefficient<T>(channel.mean);
     }
     static double rest(const Channel &channel) { return channel.mean - double(shift_of(channel)); }
 };
@@ -69,9 +75,9 @@ struct Gradient {
     FLATWATER_ONE_COPY
     Gradient(const Channel &channel, double mean_dz, double mean_dz_xhat)
         : unit(T(unit_of<T>(channel.inv_std))),
-          dz_scale(T(channel.inv_std * channel.weight)),
-          x_scale(T(-channel.inv_std * mean_dz_xhat * (channel.inv_std / unit_of<T>(channel.inv_std)))),
-          offset(T(channel.inv_std *
+          dz_scale(coefficient<T>(channel.inv_std * channel.weight)),
+          x_scale(coefficient<T>(-channel.inv_std * mean_dz_xhat * (channel.inv_std / unit_of<T>(channel.inv_std)))),
+          offset(coefficient<T>(channel.inv_std *
                    (Affine<T>::rest(channel) * channel.inv_std * mean_dz_xhat - mean_dz))) {}
 };
 

@@ -132,24 +132,34 @@ inline void each_group_backwards(index rows, const Body &body) {
 // What a vector of columns has summed so far.
 template <class V>
 struct ColumnMoments {
-    using Wide = typename Lanes<V>::wide;
+    using Part = typename Parts<V>::Part;
     V pivot;
-    Wide first, second;  // Σ(x - pivot), Σ(x - pivot)² since the pivot moved
-    Wide mean, m2;       // of all rows before that
+    Parts<V> first, second;  // Σ(x - pivot), Σ(x - pivot)² since the pivot moved
+    Parts<V> mean, m2;       // of all rows before that
+
+    void add(const V &sum, const V &squares) {
+        const auto more = Parts<V>::widened(sum), more_squares = Parts<V>::widened(squares);
+        for (int i = 0; i < Parts<V>::count; ++i) first.of[i] += more.of[i], second.of[i] += more_squares.of[i];
+    }
 
     // Combines the rows since the pivot moved with those before.
     void close(index before, index rows) {
-        const Wide mean_rows = widen_lanes(pivot) + first * (1 / double(rows));
-        const Wide squares = second - first * first * (1 / double(rows));
-        const Wide m2_rows = squares < 0.0 ? Wide{} : squares;
-        if (before == 0)
-            mean = mean_rows, m2 = m2_rows;
-        else
-            Union(before, rows).add(mean, m2, mean_rows, m2_rows);
-        // As block_pivot: a mean that is lost in the deviations is not worth subtracting; nor is infinity.
-        const Wide next = mean_rows * mean_rows * double(rows) > m2_rows ? mean_rows : Wide{};
-        pivot = narrow_lanes<V>(mean_rows - mean_rows == 0.0 ? next : Wide{});
-        first = second = Wide{};
+        const auto pivots = Parts<V>::widened(pivot);
+        Parts<V> next;
+        for (int i = 0; i < Parts<V>::count; ++i) {
+            const Part mean_rows = pivots.of[i] + first.of[i] * (1 / double(rows));
+            const Part squares = second.of[i] - first.of[i] * first.of[i] * (1 / double(rows));
+            const Part m2_rows = squares < 0.0 ? Part{} : squares;
+            if (before == 0)
+                mean.of[i] = mean_rows, m2.of[i] = m2_rows;
+            else
+                Union(before, rows).add(mean.of[i], m2.of[i], mean_rows, m2_rows);
+            // As block_pivot: a mean that is lost in the deviations is not worth subtracting; nor is infinity.
+            const Part worth = mean_rows * mean_rows * double(rows) > m2_rows ? mean_rows : Part{};
+            next.of[i] = mean_rows - mean_rows == 0.0 ? worth : Part{};
+        }
+        pivot = next.narrowed();
+        first = second = {};
     }
 };
 
@@ -182,7 +192,6 @@ Moments exact_column(const S *x, index rows, index stride) {
 template <class S, class V, bool second_level>
 FLATWATER_ONE_COPY
 void vector_column_moments(const S *x, const Block &b, double *mean, double *m2) {
-    using Wide = typename Lanes<V>::wide;
     using T = typename Element<S>::Compute;
     ColumnMoments<V> moments[widest_tile / Lanes<V>::count];
     const index ahead = b.ahead<S>();
@@ -199,7 +208,7 @@ void vector_column_moments(const S *x, const Block &b, double *mean, double *m2)
         sum *= T(1) / T(rows);
         const V spread = (most - least) * T(0.25), size = sum < T(0) ? -sum : sum;
         moments[slot].pivot = sum - sum == T(0) ? V(size > spread ? sum : V{}) : V{};
-        moments[slot].first = moments[slot].second = Wide{};
+        moments[slot].first = moments[slot].second = {};
     });
     for (index start = 0; start < b.rows; start += pivot_rows) {
         const index end = smaller(b.rows, start + pivot_rows);
@@ -216,18 +225,17 @@ void vector_column_moments(const S *x, const Block &b, double *mean, double *m2)
                     first += d;
                     second += d * d;
                 }
-                moments[slot].first += widen_lanes(first);
-                moments[slot].second += widen_lanes(second);
+                moments[slot].add(first, second);
             });
         });
         each_slot<V>(b.columns, [&](index slot, index) { moments[slot].close(start, end - start); });
     }
     bool doubtful = false;
     each_slot<V>(b.columns, [&](index slot, index j) {
-        const Wide squares = moments[slot].m2, none{};
-        __builtin_memcpy(mean + j, &moments[slot].mean, sizeof(Wide));
-        __builtin_memcpy(m2 + j, &squares, sizeof(Wide));
-        doubtful |= any(squares <= least_square * double(b.rows)) || any(squares - squares != none);
+        __builtin_memcpy(mean + j, &moments[slot].mean, sizeof moments[slot].mean);
+        __builtin_memcpy(m2 + j, &moments[slot].m2, sizeof moments[slot].m2);
+        for (const auto &squares : moments[slot].m2.of)
+            doubtful |= any(squares <= least_square * double(b.rows)) || any(squares - squares != 0.0);
     });
     if (!doubtful || sizeof(T) == sizeof(double)) return;
     T several[Lanes<V>::count];  // of the columns that a look at one of them has shown as well
@@ -268,17 +276,18 @@ void column_moments(const S *x, const Block &b, double *mean, double *m2) {
 }
 
 template <class S, class V, bool streaming>
-inline void put(S *p, const V &value) {
+inline void put(S *p, const V &value, const Rounding<S> &rounding) {
     if constexpr (streaming)
-        place_streaming<S, V>(p, value);
+        place_streaming<S, V>(p, value, rounding);
     else
-        place<S, V>(p, value);
+        place<S, V>(p, value, rounding);
 }
 
 template <class S, class V, Activation A, bool streaming, bool second_level>
 FLATWATER_ONE_COPY
 void vector_columns_apply(const At<S> &all, const Block &b, const Columns<typename Element<S>::Compute> &c) {
     const At<S> at = all;  // a copy: as far as the compiler knows, what it writes could change the caller's
+    const auto rounding = Rounding<S>::held();
     const index ahead = b.ahead<S>();
     each_group_backwards(b.rows, [&]<index rows>(index r) {  // what was read last is still in cache
         Asking<V, second_level> asking(b, r * b.stride, -ahead);
@@ -289,7 +298,7 @@ void vector_columns_apply(const At<S> &all, const Block &b, const Columns<typena
                 at.prefetch_inputs(asking.at(i), second_level);
                 V z = (fetch<S, V>(at.x + i) - f.shift) * f.scale + f.offset;
                 if (at.residual) z += fetch<S, V>(at.residual + i);
-                put<S, V, streaming>(at.y + i, activate<A, V>(z));
+                put<S, V, streaming>(at.y + i, activate<A, V>(z), rounding);
             }
         });
     });
@@ -366,6 +375,7 @@ template <class S, class V, Activation A, bool streaming, bool second_level>
 FLATWATER_ONE_COPY
 void vector_columns_gradient(const At<S> &all, const Block &b, const Columns<typename Element<S>::Compute> &c) {
     const At<S> at = all;
+    const auto rounding = Rounding<S>::held();
     const index ahead = b.ahead<S>();
     each_group_backwards(b.rows, [&]<index rows>(index r) {
         Asking<V, second_level> asking(b, r * b.stride, -ahead);
@@ -377,10 +387,10 @@ void vector_columns_gradient(const At<S> &all, const Block &b, const Columns<typ
                 V shifted;
                 at.prefetch_inputs(asking.at(i), second_level);
                 const V dz = gradient_at<S, V, A>(at, i, f, shifted);
-                if (at.dresidual) put<S, V, streaming>(at.dresidual + i, dz);
-                if (at.dx)
-                    put<S, V, streaming>(at.dx + i,
-                                         V(dz * g.dz_scale + ((shifted * g.unit) * g.x_scale + g.offset)));
+                if (at.dresidual) put<S, V, streaming>(at.dresidual + i, dz, rounding);
+                if (!at.dx) continue;
+                const V dx = dz * g.dz_scale + ((shifted * g.unit) * g.x_scale + g.offset);
+                put<S, V, streaming>(at.dx + i, dx, rounding);
             }
         });
     });

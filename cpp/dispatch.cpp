@@ -52,7 +52,7 @@ constexpr Machine machines[] = {
         .shortest_half_plane = 256,
         .second_level_rows = tensor_of(28),
         .second_level_planes = false,
-        .largest_ahead = mebibyte / 4,
+        .always_ahead = false,
     },
     {
         .name = "zen4",
@@ -63,7 +63,7 @@ constexpr Machine machines[] = {
         .shortest_half_plane = 512,
         .second_level_rows = step_of(22),
         .second_level_planes = true,
-        .largest_ahead = any_size,
+        .always_ahead = true,
     },
     {
         .name = "other",
@@ -74,7 +74,7 @@ constexpr Machine machines[] = {
         .shortest_half_plane = 256,
         .second_level_rows = {any_size, false},
         .second_level_planes = false,
-        .largest_ahead = any_size,
+        .always_ahead = true,
     },
 };
 

@@ -14,11 +14,11 @@ inline V fetch(const S *p) {
 }
 
 template <class S, class V>
-inline void place(S *p, const V &value) {
+inline void place(S *p, const V &value, const Rounding<S> &rounding = {}) {
     if constexpr (Lanes<V>::count == 1)
         Element<S>::put(p, value);
     else
-        Element<S>::store(p, value);
+        Element<S>::store(p, value, rounding);
 }
 
 // The lanes [from, to) of a vector whose first lane belongs at p.
@@ -32,12 +32,12 @@ inline void place_lanes(S *p, const V &value, index from, index to) {
 // Writes past the caches: a large result is out of them anyway before somebody reads it, and a
 // plain store would first read from memory what it is going to overwrite.
 template <class S, class V>
-inline void place_streaming(S *p, const V &value) {
+inline void place_streaming(S *p, const V &value, const Rounding<S> &rounding = {}) {
     if constexpr (Lanes<V>::count == 1) {
         Element<S>::put(p, value);
     } else {
         alignas(vector_bytes) S line[Element<S>::width];
-        Element<S>::store(line, value);
+        Element<S>::store(line, value, rounding);
 #if defined(__AVX512F__)
         if constexpr (sizeof line == 64)
             _mm512_stream_si512(reinterpret_cast<__m512i *>(p), bit_cast<__m512i>(line));

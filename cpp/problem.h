@@ -78,10 +78,10 @@ struct Machine {
     From second_level_rows;
     // Planes are prefetched into the second-level cache only.
     bool second_level_planes;
-    // In bytes of one channel and tensor, where the next channels' planes are asked for while these are being written.
-    // Of larger ones, what is asked for drives out of the second-level cache what is about to be read again: on some
-    // processors the greater loss.
-    index largest_ahead;
+    // The next channels' planes are always asked for while these are being written. Else only where what is written
+    // stays in the second-level cache beside what is read: where it does not, what is asked for drives out what is
+    // about to be read again, on some processors the greater loss.
+    bool always_ahead;
 };
 
 // Of this processor, or the one that FLATWATER_TUNING names: "intel", "zen4" or "other". std::invalid_argument if it

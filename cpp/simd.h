@@ -40,13 +40,16 @@ struct VectorOf {
 using vfloat = VectorOf<float>::type;
 using vdouble = VectorOf<double>::type;
 
+// scalar: the type of one lane; bits: integers of its width; count: how many; wide: as many doubles; part: as much of
+// those as a register holds.
 template <class V>
-struct Lanes;  // scalar: the type of one lane; bits: integers of its width; count: how many; wide: as many doubles
+struct Lanes;
 template <>
 struct Lanes<float> {
     using scalar = float;
     using bits = std::int32_t;
     using wide = double;
+    using part = double;
     static constexpr int count = 1;
 };
 template <>
@@ -54,6 +57,7 @@ struct Lanes<double> {
     using scalar = double;
     using bits = std::int64_t;
     using wide = double;
+    using part = double;
     static constexpr int count = 1;
 };
 template <>
@@ -61,6 +65,7 @@ struct Lanes<vfloat> {
     using scalar = float;
     using bits = VectorOf<std::int32_t>::type;
     using wide = VectorOf<double, 2 * vector_bytes>::type;
+    using part = vdouble;
     static constexpr int count = vector_bytes / 4;
 };
 template <>
@@ -68,6 +73,7 @@ struct Lanes<vdouble> {
     using scalar = double;
     using bits = VectorOf<std::int64_t>::type;
     using wide = vdouble;
+    using part = vdouble;
     static constexpr int count = vector_bytes / 8;
 };
 
@@ -99,6 +105,18 @@ inline V narrow_lanes(const typename Lanes<V>::wide &v) {
     else
         return __builtin_convertvector(v, V);
 }
+
+// Doubles for the lanes of V, a register each. GCC adds and multiplies a vector of two registers by registers, but
+// compares it, and chooses in it, lane by lane: such is done to these.
+template <class V>
+struct Parts {
+    using Part = typename Lanes<V>::part;
+    static constexpr int count = sizeof(typename Lanes<V>::wide) / sizeof(Part);
+    Part of[count];
+
+    static Parts widened(const V &v) { return bit_cast<Parts>(widen_lanes(v)); }
+    V narrowed() const { return narrow_lanes<V>(bit_cast<typename Lanes<V>::wide>(*this)); }
+};
 
 // Whether a comparison holds in any lane.
 template <class Mask>
@@ -197,6 +215,41 @@ inline U narrow(F value, f16) {
     return sign | (magnitude >= 0x47800000u ? special : finite);
 }
 
+// What rounding to S takes besides the value.
+template <class S>
+struct Rounding {
+    static Rounding held() { return {}; }
+};
+
+#if defined(__AVX512F__)
+// To bfloat16, to nearest, ties to even, in four instructions, for which `narrow` takes eight. The lower half of a NaN
+// has to be 0, as it is in those that bfloat16 has, that a processor makes of numbers, and that Affine and Gradient
+// hold: no carry makes a number of it then.
+template <>
+struct Rounding<bf16> {
+    using Halves = VectorOf<std::uint16_t, vector_bytes / 2>::type;
+    __m512i below_half = _mm512_set1_epi32(0x7fff), odd = _mm512_set1_epi32(0x10000), one = _mm512_set1_epi32(1);
+    __m512i upper = bit_cast<__m512i>(VectorOf<std::uint16_t>::type{1,  3,  5,  7,  9,  11, 13, 15,
+                                                                    17, 19, 21, 23, 25, 27, 29, 31});
+
+    // For long loops, in which GCC would make each constant anew for every vector: of these it does not know the value.
+    static Rounding held() {
+        Rounding r;
+        asm("" : "+v"(r.below_half), "+v"(r.odd), "+v"(r.one), "+v"(r.upper));
+        return r;
+    }
+
+    Halves operator()(const vfloat &value) const {
+        const __m512i bits = bit_cast<__m512i>(value), more = _mm512_add_epi32(bits, below_half);
+        const __m512i rounded = _mm512_mask_add_epi32(more, _mm512_test_epi32_mask(bits, odd), more, one);
+        struct Two {
+            Halves low, high;
+        };
+        return bit_cast<Two>(_mm512_permutexvar_epi16(upper, rounded)).low;
+    }
+};
+#endif
+
 // How elements stored as S are computed with: always in Compute, one rounding when they are stored.
 template <class S>
 struct Element {
@@ -208,7 +261,7 @@ struct Element {
         __builtin_memcpy(&v, p, sizeof v);
         return v;
     }
-    static void store(S *p, const Vector &v) { __builtin_memcpy(p, &v, sizeof v); }
+    static void store(S *p, const Vector &v, const Rounding<S> & = {}) { __builtin_memcpy(p, &v, sizeof v); }
     static S get(const S *p) { return *p; }
     static void put(S *p, S value) { *p = value; }
 };
@@ -225,8 +278,8 @@ struct HalfElement {
         __builtin_memcpy(&halves, p, sizeof halves);
         return widen<vfloat>(words_of(halves), S{});
     }
-    static void store(S *p, const Vector &v) {
-        const Halves halves = halves_of(v, S{});
+    static void store(S *p, const Vector &v, const Rounding<S> &rounding = {}) {
+        const Halves halves = halves_of(v, rounding);
         __builtin_memcpy(p, &halves, sizeof halves);
     }
     static float get(const S *p) { return widen<float>(std::uint32_t(p->bits), S{}); }
@@ -243,26 +296,12 @@ struct HalfElement {
         return __builtin_convertvector(halves, Words);
 #endif
     }
-    template <class Half>
-    static Halves halves_of(const Vector &v, Half) {
-        return __builtin_convertvector(narrow<Words>(v, Half{}), Halves);
+    static Halves halves_of(const Vector &v, const Rounding<S> &rounding) {
+        if constexpr (requires { rounding(v); })
+            return rounding(v);
+        else
+            return __builtin_convertvector(narrow<Words>(v, S{}), Halves);
     }
-#if defined(__AVX512F__)
-    // The same bits, in six instructions instead of eight.
-    static Halves halves_of(const Vector &v, bf16) {
-        const __m512i bits = bit_cast<__m512i>(v);
-        const __m512i odd = _mm512_set1_epi32(0x10000), quiet = _mm512_set1_epi32(0x400000);
-        const __mmask16 nan = _mm512_cmp_ps_mask(bit_cast<__m512>(v), bit_cast<__m512>(v), _CMP_UNORD_Q);
-        __m512i rounded = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
-        rounded = _mm512_mask_add_epi32(rounded, _mm512_test_epi32_mask(bits, odd), rounded, _mm512_set1_epi32(1));
-        rounded = _mm512_mask_or_epi32(rounded, nan, bits, quiet);
-        const VectorOf<std::uint16_t>::type upper{1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
-        struct Two {
-            Halves low, high;
-        };
-        return bit_cast<Two>(_mm512_permutexvar_epi16(bit_cast<__m512i>(upper), rounded)).low;
-    }
-#endif
 };
 
 template <>

@@ -105,6 +105,25 @@ def test_bfloat16_rounds_to_nearest() -> None:
     check_rounding()
 
 
+@LAYOUTS
+@pytest.mark.parametrize("name", ["mean", "inv_std", "weight", "bias"])
+@EVERY_DTYPE
+def test_no_nan_is_rounded_to_a_number(dtype: str, name: str, channels_last: bool) -> None:
+    """A coefficient's own may have every bit set, to which rounding must not add."""
+    case = make_case((3, 64, 40), dtype, channels_last=channels_last)
+    _, moments = forward(case)
+    given = {**moments.normalizing(), "weight": case.weight, "bias": case.bias}
+    bits = {4: np.uint32, 8: np.uint64}[given[name].itemsize]
+    given[name] = np.full(given[name].shape, np.iinfo(bits).max, bits).view(given[name].dtype)
+    case = replace(case, weight=given["weight"], bias=given["bias"])
+    moments = replace(moments, mean=given["mean"], inv_std=given["inv_std"])
+    y = like(case.x)
+    kernels.batch_normalize(case.buffer(case.x), case.buffer(y), **moments.normalizing(), **case.given())
+    assert np.isnan(y).all()
+    if name != "bias":  # of which dx knows nothing where there is no activation
+        assert np.isnan(backward(case, moments).dx).all()
+
+
 @pytest.mark.parametrize("shape", TASKS, ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_channels_as_tasks(dtype: str, shape: tuple[int, int, int]) -> None:
