@@ -1,7 +1,7 @@
 // Batch norm: statistics per channel, over the samples and the inner dimension.
 #pragma once
 
-#include "columns.h"
+#include "column_moments.h"
 #include "team.h"
 
 namespace flatwater::FLATWATER_ISA {

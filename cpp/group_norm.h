@@ -1,7 +1,7 @@
 // Group norm: statistics per sample and group of channels. Instance norm has groups of one channel.
 #pragma once
 
-#include "columns.h"
+#include "column_moments.h"
 #include "team.h"
 
 namespace flatwater::FLATWATER_ISA {

@@ -5,6 +5,7 @@
 #include <new>
 
 #include "coefficients.h"
+#include "elements.h"
 
 namespace flatwater::FLATWATER_ISA {
 
