@@ -3,7 +3,8 @@
 Threads that share a tensor are slower where their processors do not share a cache, and a virtual machine does not say
 whether they do: its host may move them apart, and together again, from one minute to the next. On two processors of an
 EPYC (Zen 4) it takes 230 to 290 ns where they share the third-level cache, most of it the interpreter's, and 340 to 500
-where they do not (in C 50 to 110 and 320 to 380); a layer of a few megabytes then takes up to three times as long.
+where they do not (in C 50 to 110 and 320 to 380); a layer of a few megabytes then takes up to three times as long. On
+an Intel Xeon, whose processors share one, it takes 320 to 510 ns within an hour (in C mostly 110 to 240).
 
 ``python -m benchmarks.round_trip`` measures it, in nanoseconds. A process of its own: it spins, and is alone.
 """
