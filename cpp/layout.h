@@ -29,7 +29,8 @@ constexpr index bytes_ahead = 8192;
 // than one plane: up to this many bytes of one tensor, which with the others stay in a second-level cache, and so many.
 constexpr index bytes_together = 96 << 10, most_together = 32;
 
-// Of one channel and tensor, where the planes to be written are asked for while those that are read are being summed.
+// Of one channel and tensor, where the planes to be written are asked for while those that are read are being summed:
+// they stay in a second-level cache beside those, and beside the next channels' (Machine).
 constexpr index largest_slab = 128 << 10;
 
 // Planes, in bytes: ones shorter than the first are never streamed, ones shorter than the second are short (Machine).
