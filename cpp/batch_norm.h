@@ -1,8 +1,7 @@
 // Batch norm: statistics per channel, over the samples and the inner dimension.
 #pragma once
 
-#include "column_moments.h"
-#include "team.h"
+#include "rows.h"
 
 namespace flatwater::FLATWATER_ISA {
 
@@ -17,6 +16,7 @@ struct Batch {
     static void set_moments(const Problem &p, index c, const Moments &moments) {
         p.mean[c] = moments.mean;
         p.m2[c] = moments.m2;
+        if (p.inv_std) p.inv_std[c] = inverse_deviation(moments.m2, moments.count, p.epsilon);
     }
 
     static Gradient<T> gradient_of(const Problem &p, index c) {
@@ -94,7 +94,6 @@ struct Batch {
             for (index k = 0; k < count; ++k) {
                 const index c = first + k;
                 set_moments(p, c, all[k]);
-                p.inv_std[c] = inverse_deviation(all[k].m2, all[k].count, p.epsilon);
                 affine[k] = Affine<T>(channel_of(p, c, c));
             }
             pieces_apply<S, A>(at, pieces, affine, streams_planes<S>(p), ahead);
@@ -116,7 +115,9 @@ struct Batch {
             const index c = i / blocks;
             const At<S> at(p, 0);
             const Channel channel = channel_of(p, c, c);
-            block_sums<S, A>(at, Blocks<S>(planes(p, c))[i % blocks], &channel, {at.x, at.dy}, &found[i]);
+            const Affine<T> f(channel);
+            const T unit = T(unit_of<T>(channel.inv_std));
+            block_sums<S, A>(at, Blocks<S>(planes(p, c))[i % blocks], &f, &unit, {at.x, at.dy}, &found[i]);
         });
         for (index c = 0; c < channels; ++c) {
             GradientSums all;
@@ -144,21 +145,24 @@ struct Batch {
             const S *const output = at.dx ? at.dx : at.dresidual;
             const Pieces pieces = planes(p, first, count);
             const Blocks<S> blocks(pieces);
-            Channel channels[most_together];
-            for (index k = 0; k < count; ++k) channels[k] = channel_of(p, first + k, first + k);
+            Affine<T> affine[most_together];
+            T units[most_together];
+            for (index k = 0; k < count; ++k) {
+                const Channel channel = channel_of(p, first + k, first + k);
+                affine[k] = Affine<T>(channel);
+                units[k] = T(unit_of<T>(channel.inv_std));
+            }
             GradientSums all[most_together], found[most_together];
             for (index b = 0; b < blocks.size(); ++b) {
                 const index next = blocks.to_next(b);
                 const Prefetched<S> prefetched =
                     outputs_fit(p) ? Prefetched<S>{output, at.x} : Prefetched<S>{at.x + next, at.dy + next};
-                block_sums<S, A>(at, blocks[b], channels, prefetched, found);
+                block_sums<S, A>(at, blocks[b], affine, units, prefetched, found);
                 for (index k = 0; k < count; ++k) all[k].add(found[k]);
             }
-            Affine<T> affine[most_together];
             Gradient<T> gradients[most_together];
             for (index k = 0; k < count; ++k) {
                 set_sums(p, first + k, all[k]);
-                affine[k] = Affine<T>(channels[k]);
                 gradients[k] = gradient_of(p, first + k);
             }
             pieces_gradient<S, A>(at, pieces, affine, gradients, streams_planes<S>(p), ahead);
@@ -168,129 +172,69 @@ struct Batch {
 
     // ---- rows of columns ----------------------------------------------------------------------
 
-    static Block block_of(const Problem &p, const RowLayout &layout, const Tile &tile) {
-        return {tile.rows, tile.columns, layout.columns, tile.column, !layout.last, prefetches_second_level<S>(p)};
-    }
+    // One set, of all rows.
+    struct AllRows {
+        const Problem &p;
 
-    static void row_statistics(const Problem &p) {
-        const RowLayout layout = RowLayout::of<S>(p.shape, threads());
-        Scratch<double> mean(layout.chunks * layout.columns), m2(layout.chunks * layout.columns);
-        parallel_for(layout.tasks(), p.shape.elements(), [&](index task) {
-            const Tile tile(layout, task);
-            const index to = tile.chunk * layout.columns + tile.column;
-            column_moments(At<S>(p, tile.offset).x, block_of(p, layout, tile), &mean[to], &m2[to]);
-        });
-        // A chunk after the other, all channels of it in a row: they share counts, and so the divisions.
-        Scratch<double> sets(layout.columns_each > 1 ? 2 * layout.channels : 0);
-        for (index chunk = 0; chunk < layout.chunks; ++chunk) {
-            const double *means = &mean[chunk * layout.columns], *m2s = &m2[chunk * layout.columns];
-            const index rows = layout.rows_of(chunk);
-            if (layout.columns_each > 1) {
-                double *const set_means = sets.get(), *const set_m2s = set_means + layout.channels;
-                for (index c = 0; c < layout.channels; ++c) {
-                    const ChannelColumns each = layout.columns_of(c);
-                    const Moments set =
-                        Moments::of_equal_sets(means + each.first, m2s + each.first, each.count, each.step, rows);
-                    set_means[c] = set.mean, set_m2s[c] = set.m2;
-                }
-                means = set_means, m2s = set_m2s;
+        index sets() const { return 1; }
+        const Shape &shape() const { return p.shape; }
+        Channels channels(index) const {
+            Channels all(p.shape.channels);
+            for (index c = 0; c < all.count(); ++c) all.set(c, channel_of(p, c, c));
+            return all;
+        }
+        void get_means(index, const Channels &channels, double *dz, double *dz_xhat) const {
+            const double share = p.count ? 1 / double(p.count) : 0;
+            for (index c = 0; c < channels.count(); ++c) {
+                dz[c] = channels.weight()[c] * share * p.sum_dz[c];
+                dz_xhat[c] = channels.weight()[c] * share * p.sum_dz_xhat[c];
             }
-            Moments::add_to_all(p.mean, p.m2, chunk * layout.chunk_rows * layout.columns_each, means, m2s,
-                                rows * layout.columns_each, layout.channels);
         }
-    }
-
-    // What normalization needs of every column; the gradient too, once its sums are known.
-    static void set_columns(const Problem &p, const RowLayout &layout, bool gradient, Columns<T> &columns) {
-        for (index c = 0; c < layout.channels; ++c) {
-            const Channel channel = channel_of(p, c, c);
-            const Affine<T> f(channel);
-            const ChannelColumns each = layout.columns_of(c);
-            for (index i = 0; i < each.count; ++i) columns.set(each.first + i * each.step, f);
-            for (index i = 0; i < each.count; ++i) columns.set(each.first + i * each.step, channel.inv_std);
-            if (!gradient) continue;
-            const Gradient<T> g = gradient_of(p, c);
-            for (index i = 0; i < each.count; ++i) columns.set(each.first + i * each.step, g);
+        void set_moments(index, const double *mean, const double *m2) const {
+            const index count = p.shape.outer * p.shape.inner;
+            for (index c = 0; c < p.shape.channels; ++c) Batch::set_moments(p, c, {count, mean[c], m2[c]});
         }
-    }
-
-    template <Activation A>
-    static void row_normalize(const Problem &p) {
-        const RowLayout layout = RowLayout::of<S>(p.shape, threads());
-        Columns<T> columns(layout.columns);
-        set_columns(p, layout, false, columns);
-        parallel_for_backwards(layout.tasks(), p.shape.elements(), [&](index task) {
-            const Tile tile(layout, task);
-            columns_apply<S, A>(At<S>(p, tile.offset), block_of(p, layout, tile), columns, streams_rows<S>(p));
-            finish_streaming();
-        });
-    }
-
-    template <Activation A>
-    static void row_gradient_sums(const Problem &p) {
-        const RowLayout layout = RowLayout::of<S>(p.shape, threads());
-        Columns<T> columns(layout.columns);
-        set_columns(p, layout, false, columns);
-        Scratch<double> dz(layout.chunks * layout.columns), dz_xhat(layout.chunks * layout.columns);
-        parallel_for(layout.tasks(), p.shape.elements(), [&](index task) {
-            const Tile tile(layout, task);
-            const index to = tile.chunk * layout.columns + tile.column;
-            columns_sums<S, A>(At<S>(p, tile.offset), block_of(p, layout, tile), columns, &dz[to], &dz_xhat[to]);
-        });
-        for (index c = 0; c < layout.channels; ++c) p.sum_dz[c] = p.sum_dz_xhat[c] = 0;
-        for (index chunk = 0; chunk < layout.chunks; ++chunk) {
-            layout.add_columns(p.sum_dz, &dz[chunk * layout.columns]);
-            layout.add_columns(p.sum_dz_xhat, &dz_xhat[chunk * layout.columns]);
+        void set_sums(index, const double *dz, const double *dz_xhat) const {
+            for (index c = 0; c < p.shape.channels; ++c) p.sum_dz[c] = dz[c], p.sum_dz_xhat[c] = dz_xhat[c];
         }
-        for (index c = 0; c < layout.channels; ++c) set_sums(p, c, {p.sum_dz[c], p.sum_dz_xhat[c]});
-    }
-
-    template <Activation A>
-    static void row_input_gradient(const Problem &p) {
-        const RowLayout layout = RowLayout::of<S>(p.shape, threads());
-        Columns<T> columns(layout.columns);
-        set_columns(p, layout, true, columns);
-        parallel_for_backwards(layout.tasks(), p.shape.elements(), [&](index task) {
-            const Tile tile(layout, task);
-            columns_gradient<S, A>(At<S>(p, tile.offset), block_of(p, layout, tile), columns, streams_rows<S>(p));
-            finish_streaming();
-        });
-    }
+    };
+    static Rows<S, AllRows> rows(const Problem &p) { return {p, {p}}; }
 
     // ---- the calls ----------------------------------------------------------------------------
 
-    static void statistics(const Problem &p) { as_pieces(p.shape) ? piece_statistics(p) : row_statistics(p); }
+    static void statistics(const Problem &p) { as_pieces(p.shape) ? piece_statistics(p) : rows(p).statistics(); }
 
     template <Activation A>
     static void normalize(const Problem &p) {
-        as_pieces(p.shape) ? piece_normalize<A>(p) : row_normalize<A>(p);
+        as_pieces(p.shape) ? piece_normalize<A>(p) : rows(p).template normalize<A>();
     }
 
     template <Activation A>
     static void forward(const Problem &p) {
-        if (as_pieces(p.shape) && channels_go_round(p)) return piece_forward<A>(p);
-        statistics(p);
-        const index count = p.shape.outer * p.shape.inner;
-        for (index c = 0; c < p.shape.channels; ++c) p.inv_std[c] = inverse_deviation(p.m2[c], count, p.epsilon);
-        normalize<A>(p);
+        if (!as_pieces(p.shape)) return rows(p).template forward<A>();
+        if (channels_go_round(p)) return piece_forward<A>(p);
+        piece_statistics(p);
+        piece_normalize<A>(p);
     }
 
     template <Activation A>
     static void gradient_sums(const Problem &p) {
-        as_pieces(p.shape) ? piece_gradient_sums<A>(p) : row_gradient_sums<A>(p);
+        as_pieces(p.shape) ? piece_gradient_sums<A>(p) : rows(p).template gradient_sums<A>();
     }
 
     template <Activation A>
     static void input_gradient(const Problem &p) {
-        as_pieces(p.shape) ? piece_input_gradient<A>(p) : row_input_gradient<A>(p);
+        as_pieces(p.shape) ? piece_input_gradient<A>(p) : rows(p).template input_gradient<A>();
     }
 
     template <Activation A>
     static void backward(const Problem &p) {
         const bool elementwise = p.dx || p.dresidual;
-        if (elementwise && as_pieces(p.shape) && channels_go_round(p)) return piece_backward<A>(p);
-        gradient_sums<A>(p);
-        if (elementwise) input_gradient<A>(p);
+        if (!elementwise) return gradient_sums<A>(p);
+        if (!as_pieces(p.shape)) return rows(p).template backward<A>();
+        if (channels_go_round(p)) return piece_backward<A>(p);
+        piece_gradient_sums<A>(p);
+        piece_input_gradient<A>(p);
     }
 };
 

@@ -1,4 +1,5 @@
-// From statistics to the few numbers per channel that a loop over elements needs.
+// From statistics to the few numbers per channel that a loop over elements needs. Where products are added to something,
+// it is one product: of two, a compiler may fuse either, and not the same one in every copy that it makes by inlining.
 #pragma once
 
 #include "simd.h"
@@ -13,7 +14,7 @@ struct Channel {
 // A coefficient as loops over elements take it. NaN becomes one whose lower half is 0 (Rounding), whatever a user has.
 template <class T>
 inline T coefficient(double value) {
-    return value == value ? T(value) : T(__builtin_nan(""));
+    return T(value == value ? value : __builtin_nan(""));
 }
 
 // z = (x - shift)·scale + offset. The mean is split: `shift` is its value in the precision of the
@@ -25,14 +26,13 @@ struct Affine {
     T shift, scale, offset;
 
     Affine() = default;
-    FLATWATER_ONE_COPY
     explicit Affine(const Channel &channel)
         : shift(shift_of(channel)),
           scale(coefficient<T>(channel.inv_std * channel.weight)),
           offset(coefficient<T>(channel.bias - rest(channel) * channel.inv_std * channel.weight)) {}
 
     static T shift_of(const Channel &channel) {
-        return __builtin_fabs(channel.mean * channel.inv_std) < 1.0 / 16 ? T(0) : coefficient<T>(channel.mean);
+        return coefficient<T>(__builtin_fabs(channel.mean * channel.inv_std) < 1.0 / 16 ? 0 : channel.mean);
     }
     static double rest(const Channel &channel) { return channel.mean - double(shift_of(channel)); }
 };
@@ -57,10 +57,9 @@ struct GradientSums {
     }
 
     template <class T>
-    FLATWATER_ONE_COPY
     static GradientSums from_shifted(const GradientSums &sums, const Channel &channel) {
-        const double units = channel.inv_std / unit_of<T>(channel.inv_std);
-        return {sums.dz, units * sums.dz_xhat - Affine<T>::rest(channel) * channel.inv_std * sums.dz};
+        const double unit = unit_of<T>(channel.inv_std), rest = Affine<T>::rest(channel);
+        return {sums.dz, channel.inv_std / unit * (sums.dz_xhat - rest * unit * sums.dz)};
     }
 };
 
@@ -72,11 +71,14 @@ struct Gradient {
     T unit, dz_scale, x_scale, offset;
 
     Gradient() = default;
-    FLATWATER_ONE_COPY
     Gradient(const Channel &channel, double mean_dz, double mean_dz_xhat)
-        : unit(T(unit_of<T>(channel.inv_std))),
+        : Gradient(channel, unit_of<T>(channel.inv_std), mean_dz, mean_dz_xhat) {}
+
+  private:
+    Gradient(const Channel &channel, double unit, double mean_dz, double mean_dz_xhat)
+        : unit(T(unit)),
           dz_scale(coefficient<T>(channel.inv_std * channel.weight)),
-          x_scale(coefficient<T>(-channel.inv_std * mean_dz_xhat * (channel.inv_std / unit_of<T>(channel.inv_std)))),
+          x_scale(coefficient<T>(-channel.inv_std * mean_dz_xhat * (channel.inv_std / unit))),
           offset(coefficient<T>(channel.inv_std *
                    (Affine<T>::rest(channel) * channel.inv_std * mean_dz_xhat - mean_dz))) {}
 };
@@ -156,7 +158,6 @@ inline bool squares_are_exact(double squares, index count, const IsConstant &is_
     return squares == 0 ? is_constant() : squares > least_square * double(count) && Moments::finite(squares);
 }
 
-FLATWATER_ONE_COPY
 inline double inverse_deviation(double m2, index count, double epsilon) {
     return 1 / __builtin_sqrt(m2 / double(count) + epsilon);
 }

@@ -17,14 +17,20 @@ static_assert(rows_summed <= short_run);
 template <class T>
 class Columns {
   public:
-    explicit Columns(index columns) : size_(columns), values_(7 * columns) {}
+    enum Field { shift, scale, offset, unit, dz_scale, x_scale, dx_offset, fields };
 
-    void set(index j, const Affine<T> &f) {
-        field(0)[j] = f.shift, field(1)[j] = f.scale, field(2)[j] = f.offset;
+    explicit Columns(index columns) : size_(columns), values_(fields * columns) {}
+
+    Affine<T> affine(index j) const {
+        Affine<T> f;
+        f.shift = field(shift)[j], f.scale = field(scale)[j], f.offset = field(offset)[j];
+        return f;
     }
-    void set(index j, double inv_std) { field(3)[j] = T(unit_of<T>(inv_std)); }
-    void set(index j, const Gradient<T> &g) {
-        field(3)[j] = g.unit, field(4)[j] = g.dz_scale, field(5)[j] = g.x_scale, field(6)[j] = g.offset;
+    Gradient<T> gradient(index j) const {
+        Gradient<T> g;
+        g.unit = field(unit)[j], g.dz_scale = field(dz_scale)[j];
+        g.x_scale = field(x_scale)[j], g.offset = field(dx_offset)[j];
+        return g;
     }
     T *field(index i) const { return values_.get() + i * size_; }
 
@@ -40,9 +46,9 @@ struct AffineOf {
 
     template <class T>
     AffineOf(const Columns<T> &c, index j)
-        : shift(fetch<T, V>(c.field(0) + j)),
-          scale(fetch<T, V>(c.field(1) + j)),
-          offset(fetch<T, V>(c.field(2) + j)) {}
+        : shift(fetch<T, V>(c.field(c.shift) + j)),
+          scale(fetch<T, V>(c.field(c.scale) + j)),
+          offset(fetch<T, V>(c.field(c.offset) + j)) {}
 };
 template <class V>
 struct GradientOf {
@@ -50,10 +56,10 @@ struct GradientOf {
 
     template <class T>
     GradientOf(const Columns<T> &c, index j)
-        : unit(fetch<T, V>(c.field(3) + j)),
-          dz_scale(fetch<T, V>(c.field(4) + j)),
-          x_scale(fetch<T, V>(c.field(5) + j)),
-          offset(fetch<T, V>(c.field(6) + j)) {}
+        : unit(fetch<T, V>(c.field(c.unit) + j)),
+          dz_scale(fetch<T, V>(c.field(c.dz_scale) + j)),
+          x_scale(fetch<T, V>(c.field(c.x_scale) + j)),
+          offset(fetch<T, V>(c.field(c.dx_offset) + j)) {}
 };
 
 // A tile's place in memory: its rows lie `stride` apart; `column` is its first among the Columns. Of tiny planes in
@@ -196,7 +202,7 @@ void vector_columns_sums(const At<S> &all, const Block &b, const Columns<typenam
         Asking<V, second_level> asking(b, r * b.stride, ahead);
         each_slot<V>(b.columns, [&](index slot, index j) {
             const AffineOf<V> f(c, b.column + j);
-            const V unit = fetch<typename Element<S>::Compute, V>(c.field(3) + b.column + j);
+            const V unit = fetch<typename Element<S>::Compute, V>(c.field(c.unit) + b.column + j);
             V sum{}, product{}, odd_sum{}, odd_product{};  // of odd rows apart: half the roundings
             const auto add = [&](index k, V &to_sum, V &to_product) {
                 const index i = (r + k) * b.stride + j;

@@ -3,6 +3,7 @@
 
 #include <cstdlib>
 #include <new>
+#include <utility>
 
 #include "coefficients.h"
 #include "elements.h"
@@ -43,6 +44,7 @@ class Scratch {
     explicit Scratch(index n) : data_(static_cast<T *>(std::malloc(sizeof(T) * std::size_t(n ? n : 1)))) {
         if (!data_) throw std::bad_alloc();
     }
+    Scratch(Scratch &&other) noexcept : data_(std::exchange(other.data_, nullptr)) {}
     ~Scratch() { std::free(data_); }
     Scratch(const Scratch &) = delete;
     Scratch &operator=(const Scratch &) = delete;
@@ -102,14 +104,14 @@ struct ChannelColumns {
     index first, step, count;
 };
 
-// The tensor as rows of columns, for batch norm. Channels-last, a row is one position, or several of
-// them if the channels alone are no whole number of vectors. Of tiny channels-first planes, a row is a sample.
+// One of `sets` equal sets as rows of columns. Channels-last, a row is one position, or several of them if the
+// channels alone are no whole number of vectors. Of tiny channels-first planes, a row is a sample.
 struct RowLayout {
     index channels, rows, columns, columns_each, tile_width, tiles, chunk_rows, chunks;
     bool last;
 
     template <class S>
-    static RowLayout of(const Shape &shape, index threads) {
+    static RowLayout of(const Shape &shape, index sets, index threads) {
         RowLayout l;
         l.channels = shape.channels;
         l.last = shape.channels_last;
@@ -122,10 +124,10 @@ struct RowLayout {
         l.set_tiles(tile_columns, unit);
         // About 32 tasks, none of them too short to be worth its beginning and end. The chunks decide what is summed
         // in which order: the same on every machine, however many of their tiles are taken together.
-        const index chunks = larger(1, 32 / l.tiles), rows = (l.rows + chunks - 1) / chunks;
+        const index chunks = larger(1, 32 / (l.tiles * sets)), rows = (l.rows + chunks - 1) / chunks;
         l.chunk_rows = larger(1, (rows + 63) / 64) * 64;
         l.chunks = (l.rows + l.chunk_rows - 1) / l.chunk_rows;
-        if (machine().whole_rows && l.chunks >= 2 * threads) l.set_tiles(widest_tile, unit);
+        if (machine().whole_rows && sets * l.chunks >= 2 * threads) l.set_tiles(widest_tile, unit);
         return l;
     }
 
@@ -137,6 +139,14 @@ struct RowLayout {
         const index to_next_channel = last ? 1 : columns_each, to_next = last ? channels : 1;
         for (index i = 0; i < columns_each; ++i)
             for (index c = 0; c < channels; ++c) sums[c] += columns_sums[c * to_next_channel + i * to_next];
+    }
+    // Gives each column what is its channel's.
+    template <class T>
+    void spread(const T *__restrict channels_values, T *__restrict columns_values) const {
+        const index to_next_channel = last ? 1 : columns_each, to_next = last ? channels : 1;
+        for (index i = 0; i < columns_each; ++i)
+            for (index c = 0; c < channels; ++c)
+                columns_values[c * to_next_channel + i * to_next] = channels_values[c];
     }
     index rows_of(index chunk) const { return smaller(chunk_rows, rows - chunk * chunk_rows); }
     index tasks() const { return tiles * chunks; }
@@ -156,16 +166,17 @@ struct RowLayout {
     }
 };
 
-// A part of a RowLayout: some columns of some rows.
+// A part of a RowLayout: some columns of some rows. `sums` is where those of its columns begin, `offset` its first
+// element, both from where the set's do.
 struct Tile {
-    index chunk, column, columns, rows, offset;
+    index column, columns, rows, sums, offset;
 
     Tile(const RowLayout &layout, index task) {
-        const index tile = task % layout.tiles;
-        chunk = task / layout.tiles;
+        const index tile = task % layout.tiles, chunk = task / layout.tiles;
         column = tile * layout.tile_width;
         columns = tile + 1 == layout.tiles ? layout.columns - column : layout.tile_width;
         rows = layout.rows_of(chunk);
+        sums = chunk * layout.columns + column;
         offset = chunk * layout.chunk_rows * layout.columns + column;
     }
 };

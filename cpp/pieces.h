@@ -196,20 +196,17 @@ struct Prefetched {
     }
 };
 
-// Σdz and Σdz·(x - shift)·unit of each of a block's channels.
+// Σdz and Σdz·(x - shift)·unit of each of a block's channels; one Affine and unit for each of them.
 template <class S, class V, Activation A, bool second_level>
 FLATWATER_ONE_COPY
-void vector_sums(const At<S> &all, const Pieces &block, const Channel *channels, const Prefetched<S> &asked,
-                 GradientSums *found) {
+void vector_sums(const At<S> &all, const Pieces &block, const Affine<typename Element<S>::Compute> *affine,
+                 const typename Element<S>::Compute *units, const Prefetched<S> &asked, GradientSums *found) {
     using T = typename Element<S>::Compute;
-    Affine<T> affine[most_together], f;
+    Affine<T> f;
     T unit{};
     using Wide = typename Lanes<V>::wide;
     Wide dz_sums[most_together], dz_xhat_sums[most_together], dz_sum{}, dz_xhat_sum{};
-    for (index c = 0; c < block.channels; ++c) {
-        affine[c] = Affine<T>(channels[c]);
-        dz_sums[c] = dz_xhat_sums[c] = Wide{};
-    }
+    for (index c = 0; c < block.channels; ++c) dz_sums[c] = dz_xhat_sums[c] = Wide{};
     const Rest<V> rest(block.length);
     const At<S> at = all.plus(block.offset);
     const Prefetched<S> prefetched = asked.plus(block.offset);
@@ -218,7 +215,7 @@ void vector_sums(const At<S> &all, const Pieces &block, const Channel *channels,
         block, rest,
         [&](index c) {
             f = affine[c];
-            unit = T(unit_of<T>(channels[c].inv_std));
+            unit = units[c];
             dz_sum = dz_sums[c], dz_xhat_sum = dz_xhat_sums[c];
         },
         [&]<int way>(index i) {
@@ -245,13 +242,13 @@ void vector_sums(const At<S> &all, const Pieces &block, const Channel *channels,
 }
 
 template <class S, Activation A>
-void block_sums(const At<S> &at, const Pieces &block, const Channel *channels, const Prefetched<S> &prefetched,
-                GradientSums *found) {
+void block_sums(const At<S> &at, const Pieces &block, const Affine<typename Element<S>::Compute> *f,
+                const typename Element<S>::Compute *units, const Prefetched<S> &prefetched, GradientSums *found) {
     using E = Element<S>;
     if (block.length < E::width)
-        return vector_sums<S, typename E::Compute, A, false>(at, block, channels, prefetched, found);
+        return vector_sums<S, typename E::Compute, A, false>(at, block, f, units, prefetched, found);
     for_level<S>([&]<bool second_level>() {
-        vector_sums<S, typename E::Vector, A, second_level>(at, block, channels, prefetched, found);
+        vector_sums<S, typename E::Vector, A, second_level>(at, block, f, units, prefetched, found);
     });
 }
 
