@@ -58,7 +58,7 @@ struct Group {
     template <class Body>
     static void each_few_groups(const Problem &p, const Body &body) {
         const index groups = p.shape.outer * p.groups, bytes = group_elements(p) * index(sizeof(S));
-        const index together = larger(1, smaller(bytes_together / bytes, groups / 32));
+        const index together = larger(1, smaller(bytes_of_groups / bytes, groups / 32));
         parallel_for((groups + together - 1) / together, p.shape.elements(), [&](index task) {
             const index first = task * together;
             const bool asks = first + 2 * together <= groups;
