@@ -10,33 +10,9 @@ struct Group {
     using T = typename Element<S>::Compute;
 
     static index group_channels(const Problem &p) { return p.shape.channels / p.groups; }
-
-    // Of groups [first, first + count), sample by sample.
-    static Channels channels_of(const Problem &p, index first, index count) {
-        const index size = group_channels(p);
-        Channels channels(count * size);
-        index c = first % p.groups * size;
-        for (index i = 0; i < count; ++i) {
-            for (index k = i * size; k < (i + 1) * size; ++k, ++c) channels.set(k, channel_of(p, first + i, c));
-            if (c == p.shape.channels) c = 0;
-        }
-        return channels;
-    }
-
-    // Means over each group of γ·dz and γ·dz·x̂, for each of its channels.
-    static void set_means(const Problem &p, const Channels &channels, const GradientSums *sums, double *dz,
-                          double *dz_xhat) {
-        const index size = group_channels(p);
-        const double share = 1 / double(size * p.shape.inner);
-        for (index first = 0; first < channels.count(); first += size) {
-            GradientSums all;
-            for (index c = first; c < first + size; ++c) {
-                const double weight = channels.weight()[c];
-                all.add({weight * sums[c].dz, weight * sums[c].dz_xhat});
-            }
-            for (index c = first; c < first + size; ++c) dz[c] = all.dz * share, dz_xhat[c] = all.dz_xhat * share;
-        }
-    }
+    static index group_elements(const Problem &p) { return group_channels(p) * p.shape.inner; }
+    static index all_groups(const Problem &p) { return p.shape.outer * p.groups; }
+    static index all_planes(const Problem &p) { return p.shape.outer * p.shape.channels; }
 
     static void set_group(const Problem &p, index i, const Moments &all) {
         p.mean[i] = all.mean;
@@ -44,129 +20,224 @@ struct Group {
         if (p.inv_std) p.inv_std[i] = inverse_deviation(all.m2, all.count, p.epsilon);
     }
 
-    // ---- planes as pieces: channels-first ------------------------------------------------------
+    // Those of `count` planes from `first` on; planes are counted sample by sample.
+    static Channels channels_of(const Problem &p, index first, index count) {
+        const index size = group_channels(p);
+        Channels channels(count);
+        index group = first / size, to_next_group = size - first % size, c = first % p.shape.channels;
+        for (index k = 0; k < count; ++k) {
+            channels.set(k, channel_of(p, group, c));
+            if (++c == p.shape.channels) c = 0;
+            if (--to_next_group == 0) to_next_group = size, ++group;
+        }
+        return channels;
+    }
 
-    static index group_elements(const Problem &p) { return group_channels(p) * p.shape.inner; }
+    // Of many planes: Σdz and Σdz·x̂, or means of such.
+    struct PerPlane {
+        double *dz, *dz_xhat;
+        PerPlane from(index plane) const { return {dz + plane, dz_xhat + plane}; }
+    };
+
+    // For each plane of `count` groups from `first` on, whose sums these are, the means over its group of γ·dz and
+    // γ·dz·x̂.
+    static void set_means(const Problem &p, index first, index count, const PerPlane &sums, const PerPlane &means) {
+        const index size = group_channels(p);
+        const double share = 1 / double(group_elements(p));
+        for (index i = 0; i < count; ++i) {
+            const double *const weight = p.weight ? p.weight + (first + i) % p.groups * size : nullptr;
+            const PerPlane from = sums.from(i * size), to = means.from(i * size);
+            GradientSums all;
+            for (index k = 0; k < size; ++k) {
+                const double each = weight ? weight[k] : 1;
+                all.add({each * from.dz[k], each * from.dz_xhat[k]});
+            }
+            for (index k = 0; k < size; ++k) to.dz[k] = all.dz * share, to.dz_xhat[k] = all.dz_xhat * share;
+        }
+    }
+
+    // ---- planes as pieces: channels-first ------------------------------------------------------
 
     // Whether what a group writes stays in the second-level cache beside what it reads.
     static bool outputs_fit(const Problem &p) {
         return !streams_planes<S>(p) && group_elements(p) * index(sizeof(S)) <= largest_slab;
     }
 
-    // Calls body(first, count, ahead) for `count` groups as a task, whose planes lie side by side, `ahead` elements
-    // before those that come next (0: none do). There are enough tasks for every thread to have some.
+    // As many planes as one loop works on.
+    static index together(const Problem &p) {
+        return Blocks<S>(Pieces{0, 1, p.shape.inner, 0}).whole_planes() ? most_together : 1;
+    }
+
+    // Planes that lie side by side, and what loops over them need.
+    class Planes {
+      public:
+        Planes(const Problem &p, index first, index count)
+            : p_(p), first_(first), channels_(channels_of(p, first, count)), columns_(count) {
+            set_affine(channels_, columns_, 0);
+        }
+
+        // `ahead` elements before what is worked on after them (0: nothing is).
+        template <Activation A>
+        void apply(index ahead) const {
+            each_few(true, [&](index from, const Pieces &planes) {
+                Affine<T> affine[most_together];
+                for (index k = 0; k < planes.channels; ++k) affine[k] = columns_.affine(from + k);
+                pieces_apply<S, A>(At<S>(p_, 0), planes, affine, streams_planes<S>(p_), ahead);
+            });
+        }
+
+        // Σdz and Σdz·x̂ of each.
+        template <Activation A>
+        void sum(const PerPlane &sums) const {
+            const At<S> at(p_, 0);
+            const S *const output = outputs_fit(p_) ? at.dx ? at.dx : at.dresidual : nullptr;
+            set_units(channels_, columns_, 0);
+            each_few(false, [&](index from, const Pieces &planes) {
+                Affine<T> affine[most_together];
+                GradientSums found[most_together], all[most_together];
+                for (index k = 0; k < planes.channels; ++k) affine[k] = columns_.affine(from + k);
+                const Blocks<S> blocks(planes);
+                for (index b = 0; b < blocks.size(); ++b) {
+                    const index next = blocks.to_next(b);
+                    const auto prefetched =
+                        output ? Prefetched<S>{output, at.x} : Prefetched<S>{at.x + next, at.dy + next};
+                    block_sums<S, A>(at, blocks[b], affine, columns_.field(columns_.unit) + from, prefetched, found);
+                    for (index k = 0; k < planes.channels; ++k) all[k].add(found[k]);
+                }
+                const PerPlane to = sums.from(from);
+                for (index k = 0; k < planes.channels; ++k) to.dz[k] = all[k].dz, to.dz_xhat[k] = all[k].dz_xhat;
+            });
+            complete_sums<T>(channels_, sums.dz, sums.dz_xhat);
+        }
+
+        // The means are those of set_means.
+        template <Activation A>
+        void gradient(const PerPlane &means, index ahead) const {
+            set_gradients(channels_, means.dz, means.dz_xhat, columns_, 0);
+            each_few(true, [&](index from, const Pieces &planes) {
+                Affine<T> affine[most_together];
+                Gradient<T> gradients[most_together];
+                for (index k = 0; k < planes.channels; ++k)
+                    affine[k] = columns_.affine(from + k), gradients[k] = columns_.gradient(from + k);
+                pieces_gradient<S, A>(At<S>(p_, 0), planes, affine, gradients, streams_planes<S>(p_), ahead);
+            });
+        }
+
+      private:
+        // Calls body(from, planes) for as many as are taken together, `from` planes behind the first. Backwards, what
+        // was read last is still in cache.
+        template <class Body>
+        void each_few(bool backwards, const Body &body) const {
+            const index few = together(p_), steps = (channels_.count() + few - 1) / few, inner = p_.shape.inner;
+            for (index i = 0; i < steps; ++i) {
+                const index from = (backwards ? steps - 1 - i : i) * few;
+                const index stride = backwards && from > 0 ? few * inner : 0;
+                body(from, Pieces{(first_ + from) * inner, 1, inner, stride, smaller(few, channels_.count() - from)});
+            }
+        }
+
+        const Problem &p_;
+        const index first_;
+        const Channels channels_;
+        const Columns<T> columns_;
+    };
+
+    // Groups as tasks keep a group's planes in cache between the two halves. Too few of them to go round, and the tasks
+    // are blocks or planes instead; the results are the same bits.
+    static bool groups_go_round(const Problem &p) { return all_groups(p) >= 4 * threads() || threads() == 1; }
+
+    // Calls body(first, count, ahead) for `count` groups as a task, `ahead` elements before those that come next (0:
+    // none do). There are enough tasks for every thread to have some.
     template <class Body>
     static void each_few_groups(const Problem &p, const Body &body) {
-        const index groups = p.shape.outer * p.groups, bytes = group_elements(p) * index(sizeof(S));
-        const index together = larger(1, smaller(bytes_of_groups / bytes, groups / 32));
-        parallel_for((groups + together - 1) / together, p.shape.elements(), [&](index task) {
-            const index first = task * together;
-            const bool asks = first + 2 * together <= groups;
-            body(first, smaller(together, groups - first), asks ? together * group_elements(p) : 0);
+        const index groups = all_groups(p), bytes = group_elements(p) * index(sizeof(S));
+        const index few = larger(1, smaller(bytes_of_groups / bytes, groups / 32));
+        parallel_for((groups + few - 1) / few, p.shape.elements(), [&](index task) {
+            const index first = task * few;
+            body(first, smaller(few, groups - first), first + 2 * few <= groups ? few * group_elements(p) : 0);
             finish_streaming();
         });
     }
 
-    // Calls body(k, planes) for the planes of `count` groups from `first` on, as many as are taken together, `k` planes
-    // behind the first. Backwards: the last of them first, as what was read last is still in cache.
+    // Calls body(first, count) for `count` planes as a task.
     template <class Body>
-    static void each_few_planes(const Problem &p, index first, index count, bool backwards, const Body &body) {
-        const index size = group_channels(p), inner = p.shape.inner, planes = count * size;
-        const index together = Blocks<S>(Pieces{0, 1, inner, 0}).whole_planes() ? most_together : 1;
-        const index steps = (planes + together - 1) / together;
-        for (index i = 0; i < steps; ++i) {
-            const index k = (backwards ? steps - 1 - i : i) * together;
-            const index stride = backwards && k > 0 ? together * inner : 0;
-            body(k, Pieces{(first * size + k) * inner, 1, inner, stride, smaller(together, planes - k)});
-        }
+    static void each_few_planes(const Problem &p, const Body &body) {
+        const index planes = all_planes(p), few = larger(1, smaller(together(p), planes / 32));
+        parallel_for((planes + few - 1) / few, p.shape.elements(), [&](index task) {
+            body(task * few, smaller(few, planes - task * few));
+            finish_streaming();
+        });
     }
 
+    static Pieces group(const Problem &p, index i) { return {i * group_elements(p), 1, group_elements(p), 0}; }
+
     static Moments group_moments(const Problem &p, index i) {
-        const Blocks<S> blocks(Pieces{i * group_elements(p), 1, group_elements(p), 0});
+        const Blocks<S> blocks(group(p, i));
         const At<S> at(p, 0);
+        const bool asks_for_output = at.y && outputs_fit(p);
         Moments all, found;
         for (index b = 0; b < blocks.size(); ++b) {
-            block_moments(at.x, blocks[b], at.y && outputs_fit(p) ? at.y : at.x + blocks.to_next(b), &found);
+            block_moments(at.x, blocks[b], asks_for_output ? at.y : at.x + blocks.to_next(b), &found);
             all.add(found);
         }
         return all;
     }
 
     static void plane_statistics(const Problem &p) {
-        each_few_groups(p, [&](index first, index count, index) {
-            for (index i = first; i < first + count; ++i) set_group(p, i, group_moments(p, i));
+        if (groups_go_round(p))
+            return each_few_groups(p, [&](index first, index count, index) {
+                for (index i = first; i < first + count; ++i) set_group(p, i, group_moments(p, i));
+            });
+        const index groups = all_groups(p), blocks = Blocks<S>(group(p, 0)).size();
+        Scratch<Moments> found(groups * blocks);
+        parallel_for(groups * blocks, p.shape.elements(), [&](index i) {
+            const S *const x = At<S>(p, 0).x;
+            block_moments(x, Blocks<S>(group(p, i / blocks))[i % blocks], x, &found[i]);
         });
-    }
-
-    template <Activation A>
-    static void planes_apply(const Problem &p, index first, index count, index ahead) {
-        const Channels channels = channels_of(p, first, count);
-        const Columns<T> columns(channels.count());
-        set_affine(channels, columns, 0);
-        each_few_planes(p, first, count, true, [&](index k, const Pieces &planes) {
-            Affine<T> affine[most_together];
-            for (index c = 0; c < planes.channels; ++c) affine[c] = columns.affine(k + c);
-            pieces_apply<S, A>(At<S>(p, 0), planes, affine, streams_planes<S>(p), ahead);
-        });
+        for (index i = 0; i < groups; ++i) {
+            Moments all;
+            for (index b = 0; b < blocks; ++b) all.add(found[i * blocks + b]);
+            set_group(p, i, all);
+        }
     }
 
     template <Activation A>
     static void plane_normalize(const Problem &p) {
-        each_few_groups(p, [&](index first, index count, index) { planes_apply<A>(p, first, count, 0); });
+        each_few_planes(p, [&](index first, index count) { Planes(p, first, count).template apply<A>(0); });
     }
 
     template <Activation A>
     static void plane_forward(const Problem &p) {
+        if (!groups_go_round(p)) {
+            plane_statistics(p);
+            return plane_normalize<A>(p);
+        }
+        const index size = group_channels(p);
         each_few_groups(p, [&](index first, index count, index ahead) {
             for (index i = first; i < first + count; ++i) set_group(p, i, group_moments(p, i));
-            planes_apply<A>(p, first, count, ahead);
-        });
-    }
-
-    // Σdz and Σdz·(x - shift)·unit of each plane.
-    template <Activation A>
-    static void planes_sums(const Problem &p, index first, index count, const Columns<T> &columns, double *dz,
-                            double *dz_xhat) {
-        const At<S> at(p, 0);
-        const S *const output = at.dx ? at.dx : at.dresidual;
-        each_few_planes(p, first, count, false, [&](index from, const Pieces &planes) {
-            Affine<T> affine[most_together];
-            GradientSums all[most_together], found[most_together];
-            for (index k = 0; k < planes.channels; ++k) affine[k] = columns.affine(from + k);
-            const Blocks<S> blocks(planes);
-            for (index b = 0; b < blocks.size(); ++b) {
-                const index next = blocks.to_next(b);
-                const Prefetched<S> prefetched =
-                    output && outputs_fit(p) ? Prefetched<S>{output, at.x} : Prefetched<S>{at.x + next, at.dy + next};
-                block_sums<S, A>(at, blocks[b], affine, columns.field(columns.unit) + from, prefetched, found);
-                for (index k = 0; k < planes.channels; ++k) all[k].add(found[k]);
-            }
-            for (index k = 0; k < planes.channels; ++k) dz[from + k] = all[k].dz, dz_xhat[from + k] = all[k].dz_xhat;
+            Planes(p, first * size, count * size).template apply<A>(ahead);
         });
     }
 
     template <Activation A>
-    static void plane_backward(const Problem &p, GradientSums *sums) {
-        each_few_groups(p, [&](index first, index count, index ahead) {
-            const Channels channels = channels_of(p, first, count);
-            const Columns<T> columns(channels.count());
-            set_affine(channels, columns, 0);
-            set_units(channels, columns, 0);
-            const Scratch<double> dz(channels.count()), dz_xhat(channels.count());
-            planes_sums<A>(p, first, count, columns, dz.get(), dz_xhat.get());
-            complete_sums<T>(channels, dz.get(), dz_xhat.get());
-            GradientSums *const own = sums + first * group_channels(p);
-            for (index k = 0; k < channels.count(); ++k) own[k] = {dz.get()[k], dz_xhat.get()[k]};
-            if (!p.dx && !p.dresidual) return;
-            set_means(p, channels, own, dz.get(), dz_xhat.get());
-            set_gradients(channels, dz.get(), dz_xhat.get(), columns, 0);
-            each_few_planes(p, first, count, true, [&](index from, const Pieces &planes) {
-                Affine<T> affine[most_together];
-                Gradient<T> gradients[most_together];
-                for (index k = 0; k < planes.channels; ++k)
-                    affine[k] = columns.affine(from + k), gradients[k] = columns.gradient(from + k);
-                pieces_gradient<S, A>(At<S>(p, 0), planes, affine, gradients, streams_planes<S>(p), ahead);
+    static void plane_backward(const Problem &p, const PerPlane &sums) {
+        const index size = group_channels(p);
+        if (groups_go_round(p) && (p.dx || p.dresidual))
+            return each_few_groups(p, [&](index first, index count, index ahead) {
+                const Planes planes(p, first * size, count * size);
+                const Scratch<double> dz(count * size), dz_xhat(count * size);
+                const PerPlane own = sums.from(first * size), means{dz.get(), dz_xhat.get()};
+                planes.template sum<A>(own);
+                set_means(p, first, count, own, means);
+                planes.template gradient<A>(means, ahead);
             });
+        each_few_planes(p, [&](index first, index count) { Planes(p, first, count).template sum<A>(sums.from(first)); });
+        if (!p.dx && !p.dresidual) return;
+        const Scratch<double> dz(all_planes(p)), dz_xhat(all_planes(p));
+        const PerPlane means{dz.get(), dz_xhat.get()};
+        set_means(p, 0, all_groups(p), sums, means);
+        each_few_planes(p, [&](index first, index count) {
+            Planes(p, first, count).template gradient<A>(means.from(first), 0);
         });
     }
 
@@ -175,13 +246,13 @@ struct Group {
     // A set for each sample.
     struct Samples {
         const Problem &p;
-        GradientSums *sums;  // once they are known, of each channel of each sample
+        PerPlane sums;  // once they are known, of each channel of each sample
 
         index sets() const { return p.shape.outer; }
         Shape shape() const { return {1, p.shape.channels, p.shape.inner, true}; }
-        Channels channels(index n) const { return channels_of(p, n * p.groups, p.groups); }
-        void get_means(index n, const Channels &channels, double *dz, double *dz_xhat) const {
-            set_means(p, channels, sums + n * p.shape.channels, dz, dz_xhat);
+        Channels channels(index n) const { return channels_of(p, n * p.shape.channels, p.shape.channels); }
+        void get_means(index n, const Channels &, double *dz, double *dz_xhat) const {
+            set_means(p, n * p.groups, p.groups, sums.from(n * p.shape.channels), {dz, dz_xhat});
         }
         void set_moments(index n, const double *mean, const double *m2) const {
             const index size = group_channels(p);
@@ -190,10 +261,11 @@ struct Group {
                           Moments::of_equal_sets(mean + g * size, m2 + g * size, size, 1, p.shape.inner));
         }
         void set_sums(index n, const double *dz, const double *dz_xhat) const {
-            for (index c = 0; c < p.shape.channels; ++c) sums[n * p.shape.channels + c] = {dz[c], dz_xhat[c]};
+            const PerPlane own = sums.from(n * p.shape.channels);
+            for (index c = 0; c < p.shape.channels; ++c) own.dz[c] = dz[c], own.dz_xhat[c] = dz_xhat[c];
         }
     };
-    static Rows<S, Samples> rows(const Problem &p, GradientSums *sums = nullptr) { return {p, {p, sums}}; }
+    static Rows<S, Samples> rows(const Problem &p, const PerPlane &sums = {}) { return {p, {p, sums}}; }
 
     // ---- the calls ----------------------------------------------------------------------------
 
@@ -212,25 +284,26 @@ struct Group {
     }
 
     // dβ and dγ: what the planes of each channel contribute, sample after sample.
-    static void sum_over_samples(const Problem &p, const GradientSums *sums) {
+    static void sum_over_samples(const Problem &p, const PerPlane &sums) {
         for (index c = 0; c < p.shape.channels; ++c) p.sum_dz[c] = p.sum_dz_xhat[c] = 0;
-        for (index n = 0; n < p.shape.outer; ++n)
-            for (index c = 0; c < p.shape.channels; ++c, ++sums) {
-                p.sum_dz[c] += sums->dz;
-                p.sum_dz_xhat[c] += sums->dz_xhat;
-            }
+        for (index n = 0; n < p.shape.outer; ++n) {
+            const PerPlane own = sums.from(n * p.shape.channels);
+            for (index c = 0; c < p.shape.channels; ++c) p.sum_dz[c] += own.dz[c];
+            for (index c = 0; c < p.shape.channels; ++c) p.sum_dz_xhat[c] += own.dz_xhat[c];
+        }
     }
 
     template <Activation A>
     static void backward(const Problem &p) {
-        const Scratch<GradientSums> sums(p.shape.outer * p.shape.channels);
+        const Scratch<double> dz(all_planes(p)), dz_xhat(all_planes(p));
+        const PerPlane sums{dz.get(), dz_xhat.get()};
         if (!p.shape.channels_last)
-            plane_backward<A>(p, sums.get());
+            plane_backward<A>(p, sums);
         else if (p.dx || p.dresidual)
-            rows(p, sums.get()).template backward<A>();
+            rows(p, sums).template backward<A>();
         else
-            rows(p, sums.get()).template gradient_sums<A>();
-        sum_over_samples(p, sums.get());
+            rows(p, sums).template gradient_sums<A>();
+        sum_over_samples(p, sums);
     }
 };
 
