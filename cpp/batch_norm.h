@@ -19,6 +19,7 @@ struct Batch {
         if (p.inv_std) p.inv_std[c] = inverse_deviation(moments.m2, moments.count, p.epsilon);
     }
 
+    FLATWATER_ONE_COPY  // its means are products, too, which Gradient subtracts from one
     static Gradient<T> gradient_of(const Problem &p, index c) {
         const Channel channel = channel_of(p, c, c);
         if (p.count == 0) return {channel, 0, 0};
