@@ -27,8 +27,13 @@ from flatwater.spec import ACTIVATIONS, Activation
 
 LAYOUTS = pytest.mark.parametrize("channels_last", [False, True], ids=["NCL", "NLC"])
 
-# Samples, channels, inner, groups: one group, a group per channel (instance norm), and between.
-SHAPES = ((2, 6, 5, 3), (3, 17, 31, 1), (2, 12, 49, 12), (1, 200, 7, 8), (5, 4, 1, 2), (2, 6, 4999, 3), (3, 64, 64, 64))
+# Samples, channels, inner, groups: one group, a group per channel (instance norm), and between. Then enough samples for
+# each to be a task, with rows in several chunks, and of several positions; more groups of short planes than are taken
+# together, and fewer groups than threads could share, of planes that are several blocks.
+SHAPES = (
+    *((2, 6, 5, 3), (3, 17, 31, 1), (2, 12, 49, 12), (1, 200, 7, 8), (5, 4, 1, 2), (2, 6, 4999, 3), (3, 64, 64, 64)),
+    *((9, 24, 200, 4), (9, 8, 130, 2), (40, 33, 49, 33), (40, 32, 20, 8), (1, 4, 9001, 2)),
+)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -17,7 +17,7 @@ from flatwater import kernels
 
 # Each large enough for a team of threads: channels as tasks, planes as tasks (few channels), rows of small
 # planes, many rows of few columns, one sample.
-SHAPES = ((4, 24, 333), (7, 2, 1999), (31, 40, 49), (3001, 9, 1), (1, 64, 300))
+SHAPES = ((4, 24, 333), (7, 2, 1999), (31, 40, 49), (3001, 9, 1), (1, 64, 300), (9, 8, 130), (1, 3, 9001))
 BATCH_AND_GROUPS = pytest.mark.parametrize("groups", [None, 1, -1], ids=["batch", "layer", "instance"])
 
 
@@ -148,10 +148,11 @@ for dtype in ("float32", "bfloat16", "float64"):
     planes = (33, 40, 49), (3, 5, 197), (2, 3, 9001)
     for shape in rows + planes:
         last = shape in rows
-        case = make_case(shape, dtype, channels_last=last, activation="relu", residual=True, seed=shape[1])
-        check_forward(case)
-        check_backward(case)
-        add_bits(case)
+        for groups in (None, 1, shape[1]):
+            case = make_case(shape, dtype, channels_last=last, activation="relu", residual=True, groups=groups)
+            check_forward(case)
+            check_backward(case)
+            add_bits(case)
 for shape, residual in (((64, 337, 197), True), ((64, 337, 211), False), ((16, 300, 999), True)):
     add_bits(make_case(shape, activation="relu", residual=residual))
 for shape, groups in (((16, 31, 15_000), None), ((8, 1030, 920), None), ((16, 71, 6_600), 1)):
