@@ -185,10 +185,10 @@ struct Batch {
             return all;
         }
         void get_means(index, const Channels &channels, double *dz, double *dz_xhat) const {
-            const double share = p.count ? 1 / double(p.count) : 0;
             for (index c = 0; c < channels.count(); ++c) {
-                dz[c] = channels.weight()[c] * share * p.sum_dz[c];
-                dz_xhat[c] = channels.weight()[c] * share * p.sum_dz_xhat[c];
+                const double share = channels.weight()[c] / double(p.count);
+                dz[c] = p.count ? share * p.sum_dz[c] : 0;
+                dz_xhat[c] = p.count ? share * p.sum_dz_xhat[c] : 0;
             }
         }
         void set_moments(index, const double *mean, const double *m2) const {

@@ -317,6 +317,19 @@ def test_poison_stays_in_its_channel_and_fills_it(shape, poison: float, channels
     assert np.isnan(moments.inv_std[channel])
 
 
+@LAYOUTS
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_frozen_poison_in_dy_stays_in_its_element(shape, poison: float, channels_last: bool) -> None:
+    """dx = γ·inv_std·dz: no sum comes into it."""
+    clean = make_case(shape, channels_last=channels_last, seed=5)
+    moments, dy = forward(clean)[1], clean.dy.copy()
+    dy.flat[-1] = poison
+    dx, clean_dx = (backward(case, moments, frozen=True).dx for case in (replace(clean, dy=dy), clean))
+    assert same_bits(dx.flat[:-1], clean_dx.flat[:-1])
+    assert not np.isfinite(dx.flat[-1])
+
+
 @EVERY_DTYPE
 @LAYOUTS
 @pytest.mark.parametrize("inner", [3, 512])
