@@ -55,12 +55,11 @@ class Options:
 
 def run_kernels(options: Options) -> dict[str, Any]:
     """The kernels alone, beside the floor."""
-    if not options.activations:
-        raise click.UsageError("the part kernels is batch norm's; add --norm none, relu or hardswish")
     return kernels.measure(
         options.cases,
         layouts=options.layouts,
         activations=options.activations,
+        others=tuple(norm for norm in options.norms if norm in kernels.GROUPED),
         count=options.rounds,
         progress=options.progress,
     )

@@ -18,8 +18,9 @@ how two tensors' pages lie to each other can make a copy slower by half.
 Two tensors may fit a cache that four do not, and then the floor is one of the cache and the step one of memory. So
 where there is no residual, the passes themselves are timed too, as *streaming*, over the step's own four tensors from
 end to end: channels-first y from x, then dx from x and dy. Channels-last every channel is strewn over the whole tensor,
-which has to be read to its end for the statistics before anything can be written; so there x is read before y is
-written, and x and dy before dx is: eight passes, of which the caches may take some. The loops are those that normalize
+which has to be read to its end for batch norm's statistics before anything can be written; so there x is read before y
+is written, and x and dy before dx is: eight passes, of which the caches may take some. Group and instance norm have
+their statistics within a sample, and the floor for their only yardstick there. The loops are those that normalize
 with known statistics, and NumPy's in one piece for each thread; the faster ones count.
 
 All memory is warm and begins at a multiple of 64 bytes, as a framework's tensors do; NumPy promises 16, off which no
@@ -33,23 +34,26 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from benchmarks.round_trip import round_trip
-from benchmarks.shapes import LAYOUTS, Case, Shape, memory_shape
+from benchmarks.shapes import LAYOUTS, Case, Shape, groups, memory_shape
 from benchmarks.timing import Others, Quartiles, Times, geometric_mean, rounds, timer
 from flatwater import kernels
 from flatwater.spec import Activation
 
-__all__ = ["LIMITS", "Row", "Summary", "aligned", "copies", "measure", "summarize"]
+__all__ = ["GROUPED", "LIMITS", "Row", "Summary", "aligned", "copies", "measure", "summarize"]
 
 ALIGNMENT = 64
 
 LIMITS = {"large": 1.25, "small": 2.0}
 """Of kernel / floor, for batch norm + ReLU, by the size of the tensor."""
+
+GROUPED: dict[str, Callable[[int], int]] = {"group": groups, "instance": lambda channels: channels}
+"""How many groups the norms of samples have."""
 
 HALF_LIMIT = 0.6
 """Of bfloat16 / float32, on large tensors."""
@@ -64,7 +68,8 @@ class Row:
     size: str
     megabytes: float
     layout: str
-    activation: str
+    norm: str
+    """The activation behind batch norm, or ``"group"`` or ``"instance"``."""
     residual: bool
     dtype: str
     copies: float
@@ -73,7 +78,7 @@ class Row:
     ratio: Quartiles
     """kernel / floor; for bfloat16, of the float32 kernel's time instead of the floor."""
     streaming: Quartiles | None
-    """kernel / the passes over the same tensors; None with a residual, and for bfloat16."""
+    """kernel / the passes over the same tensors; None with a residual, for bfloat16, and for norms of other passes."""
 
 
 @dataclass(frozen=True)
@@ -98,9 +103,9 @@ class Summary:
         return None if self.limit is None else self.worst <= self.limit
 
 
-def copies(activation: Activation, *, residual: bool) -> float:
+def copies(norm: str, *, residual: bool) -> float:
     """How many copies of the tensor move as many bytes as one forward and backward pass must."""
-    passes = 5 if not residual else 7 if activation == "none" else 8
+    passes = 5 if not residual else 7 if norm == "none" else 8
     return passes / 2
 
 
@@ -115,7 +120,7 @@ def aligned(shape: Sequence[int], dtype: npt.DTypeLike = np.float32) -> npt.NDAr
 
 
 class Tensors:
-    """What batch norm reads and writes in one training step, in one layout and dtype."""
+    """What a norm reads and writes in one training step, in one layout and dtype."""
 
     def __init__(self, shape: Shape, layout: str, dtype: str = "float32") -> None:
         channels, size = shape[1], memory_shape(shape, layout)
@@ -133,19 +138,35 @@ class Tensors:
             for name, array in self.arrays.items()
         }
         self._parameters = np.ones(channels, np.float32), np.zeros(channels, np.float32)
-        self._mean, self._m2, self._inv_std, self._sum_dz, self._sum_dz_xhat = np.zeros((5, channels))
+        self._mean, self._m2, self._inv_std = np.zeros((3, shape[0] * channels))  # instance norm has so many
+        self._sum_dz, self._sum_dz_xhat = np.zeros((2, channels))
+
+    def group_step(self, groups: int) -> Callable[[], None]:
+        """One training step of group norm: the two kernel calls."""
+        at, weight, bias = self._buffers, *map(kernels.Vector.from_numpy, self._parameters)
+        sets = at["x"].shape[0] * groups
+        mean, m2, inv_std = self._mean[:sets], self._m2[:sets], self._inv_std[:sets]
+        given: dict[str, Any] = {"groups": groups, "weight": weight, "bias": bias, "mean": mean, "inv_std": inv_std}
+        sums: dict[str, Any] = {"sum_dz": self._sum_dz, "sum_dz_xhat": self._sum_dz_xhat}
+
+        def both() -> None:
+            kernels.group_norm_forward(at["x"], at["y"], m2=m2, epsilon=1e-5, **given)
+            kernels.group_norm_backward(at["dy"], at["x"], at["dx"], None, **sums, **given)
+
+        return both
 
     def step(self, activation: Activation, *, residual: bool) -> Callable[[], None]:
-        """One training step: the two kernel calls."""
+        """One training step of batch norm: the two kernel calls."""
         at, weight, bias = self._buffers, *map(kernels.Vector.from_numpy, self._parameters)
         given: dict[str, Any] = {"weight": weight, "bias": bias, "activation": activation}
         given["residual"] = at["residual"] if residual else None
         dresidual = at["dresidual"] if residual else None
-        known: dict[str, Any] = {"mean": self._mean, "inv_std": self._inv_std}
+        mean, m2, inv_std = (array[: at["x"].shape[1]] for array in (self._mean, self._m2, self._inv_std))
+        known: dict[str, Any] = {"mean": mean, "inv_std": inv_std}
         sums: dict[str, Any] = {"sum_dz": self._sum_dz, "sum_dz_xhat": self._sum_dz_xhat}
 
         def both() -> None:
-            kernels.batch_norm_forward(at["x"], at["y"], m2=self._m2, epsilon=1e-5, **known, **given)
+            kernels.batch_norm_forward(at["x"], at["y"], m2=m2, epsilon=1e-5, **known, **given)
             kernels.batch_norm_backward(at["dy"], at["x"], at["dx"], dresidual, **known, **sums, **given)
 
         return both
@@ -212,6 +233,7 @@ def measure(
     layouts: Iterable[str] = LAYOUTS,
     activations: Iterable[Activation] = ("none", "relu", "hardswish"),
     residuals: Iterable[bool] = (False, True),
+    others: Iterable[str] = ("group", "instance"),
     count: int = 9,
     progress: Callable[[str], object] = print,
 ) -> dict[str, Any]:
@@ -220,14 +242,17 @@ def measure(
     Args:
         cases: the tensors.
         layouts: of :data:`benchmarks.shapes.LAYOUTS`.
-        activations: behind the norm.
+        activations: behind batch norm.
         residuals: without, with, or both.
+        others: norms beside batch norm, alone: group norm, with :func:`benchmarks.shapes.groups`, and instance norm.
         count: rounds.
         progress: is told what is being measured.
     """
     rows: list[Row] = []
-    variants = [(activation, residual) for residual in residuals for activation in activations]
-    others, trips = Others(), [round_trip()]
+    behind, alone = list(activations), list(others)
+    variants: list[tuple[str, bool]] = [(activation, residual) for residual in residuals for activation in behind]
+    variants += [(norm, False) for norm in alone]
+    elsewhere, trips = Others(), [round_trip()]
     with ThreadPoolExecutor(kernels.threads()) as threads:
         for case in cases:
             for layout in layouts:
@@ -237,20 +262,20 @@ def measure(
     return {
         "rows": [asdict(row) for row in rows],
         "summaries": [asdict(summary) | {"holds": summary.holds} for summary in summarize(rows)],
-        "others": others.processors(),
+        "others": elsewhere.processors(),
         "round_trips": trips,
     }
 
 
 def _measure(
-    case: Case, layout: str, variants: list[tuple[Activation, bool]], count: int, threads: ThreadPoolExecutor
+    case: Case, layout: str, variants: list[tuple[str, bool]], count: int, threads: ThreadPoolExecutor
 ) -> list[Row]:
     tensors = Tensors(case.shape, layout)
     ways = tensors.copies(threads)
     streams = tensors.streaming(threads)
     contenders = ways | streams
-    for activation, residual in variants:
-        contenders[f"{activation} {residual}"] = tensors.step(activation, residual=residual)
+    for norm, residual in variants:
+        contenders[f"{norm} {residual}"] = _step(tensors, case.shape[1], norm, residual=residual)
     half = case.size == "large" and ("relu", False) in variants
     if half:
         contenders["bfloat16"] = Tensors(case.shape, layout, "bfloat16").step("relu", residual=False)
@@ -258,42 +283,49 @@ def _measure(
     copy = np.min([times[way] for way in ways], axis=0)
     stream = np.min([times[way] for way in streams], axis=0)
 
-    def row(activation: Activation, residual: bool, dtype: str, kernel: Times, yardstick: Times) -> Row:
-        amount = copies(activation, residual=residual)
+    def row(norm: str, residual: bool, dtype: str, kernel: Times, yardstick: Times) -> Row:
+        amount = copies(norm, residual=residual)
+        other_passes = layout == "NHWC" and norm in GROUPED
         return Row(
             case.name,
             case.models,
             case.size,
             case.nbytes / 1e6,
             layout,
-            activation,
+            norm,
             residual,
             dtype,
             amount,
             floor=Quartiles.of(amount * copy),
             kernel=Quartiles.of(kernel),
             ratio=Quartiles.of(kernel / yardstick),
-            streaming=None if residual or dtype == "bfloat16" else Quartiles.of(kernel / stream),
+            streaming=None if residual or dtype == "bfloat16" or other_passes else Quartiles.of(kernel / stream),
         )
 
     rows = []
-    for activation, residual in variants:
-        kernel = times[f"{activation} {residual}"]
-        rows.append(row(activation, residual, "float32", kernel, copies(activation, residual=residual) * copy))
+    for norm, residual in variants:
+        kernel = times[f"{norm} {residual}"]
+        rows.append(row(norm, residual, "float32", kernel, copies(norm, residual=residual) * copy))
     if half:
         rows.append(row("relu", False, "bfloat16", times["bfloat16"], times["relu False"]))
     return rows
 
 
+def _step(tensors: Tensors, channels: int, norm: str, *, residual: bool) -> Callable[[], None]:
+    if norm in GROUPED:
+        return tensors.group_step(GROUPED[norm](channels))
+    return tensors.step(cast(Activation, norm), residual=residual)
+
+
 def summarize(rows: Iterable[Row]) -> list[Summary]:
     """Geometric mean and worst ratio by size, layout, and what was computed; tiny tensors have no limit and no line."""
-    groups: dict[tuple[str, str, str, str], list[Row]] = {}
+    alike: dict[tuple[str, str, str, str], list[Row]] = {}
     for row in rows:
         if row.size != "tiny":
-            what = row.activation + (" + residual" if row.residual else "")
-            groups.setdefault((row.size, row.layout, row.dtype, what), []).append(row)
+            what = row.norm + (" + residual" if row.residual else "")
+            alike.setdefault((row.size, row.layout, row.dtype, what), []).append(row)
     found = []
-    for (size, layout, dtype, what), members in groups.items():
+    for (size, layout, dtype, what), members in alike.items():
         worst = max(members, key=lambda row: row.ratio.median)
         limit = HALF_LIMIT if dtype == "bfloat16" else LIMITS[size] if what == "relu" else None
         mean = geometric_mean(row.ratio.median for row in members)

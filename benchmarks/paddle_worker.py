@@ -11,7 +11,7 @@ from paddle import nn
 
 import flatwater.paddle as fw
 from benchmarks.hard_data import HardCase, read_case, write_results
-from benchmarks.shapes import memory_shape
+from benchmarks.shapes import groups, memory_shape
 from benchmarks.timing import settle, timer
 from benchmarks.worker import serve
 from flatwater import kernels
@@ -127,11 +127,6 @@ def flatwater(channels: int, layout: str, norm: str) -> nn.Layer:
     if norm == "instance":
         return fw.InstanceNorm2D(channels, data_format=layout)
     return fw.BatchNorm2D(channels, data_format=layout, act=norm.partition("+")[0])
-
-
-def groups(channels: int) -> int:
-    """32, as in the paper, or 8 where 32 does not divide the channels."""
-    return 8 if channels % 32 else 32
 
 
 def describe() -> dict[str, Any]:

@@ -37,31 +37,33 @@ HEADINGS = {
 
 
 def kernels(result: Result) -> list[RenderableType]:
-    """One table for each layout, with a column for each activation and residual, and one of summaries."""
+    """One table for each layout, with a column for each norm, and one of summaries."""
     tables: list[Table] = []
     layouts = _unique(row["layout"] for row in result["rows"])
     for layout in layouts:
         rows = [row for row in result["rows"] if row["layout"] == layout and row["dtype"] == "float32"]
-        variants = _unique((row["activation"], row["residual"]) for row in rows)
+        variants = _unique((row["norm"], row["residual"]) for row in rows)
         table = table_of(f"Kernels alone, {layout}: forward + backward / floor, float32", "shape", "MB", "floor\nms")
-        for activation, residual in variants:
-            right(table, f"{activation}\n+ residual" if residual else activation)
-        plain = [activation for activation, residual in variants if not residual]
+        for norm, residual in variants:
+            right(table, f"{norm}\n+ residual" if residual else norm)
+        plain = _unique(row["norm"] for row in rows if row["streaming"])
         streamed = "relu" if "relu" in plain else plain[0] if plain else None
         if streamed:
             right(table, f"{streamed} /\nstreaming")
         for shape in _unique(row["shape"] for row in rows):
-            found = {(row["activation"], row["residual"]): row for row in rows if row["shape"] == shape}
+            found = {(row["norm"], row["residual"]): row for row in rows if row["shape"] == shape}
             first = next(iter(found.values()))
             cells = [_kernel_ratio(found[variant]) for variant in variants]
             if streamed:
                 cells.append(f"{found[streamed, False]['streaming']['median']:.2f}")
             floor = first["floor"]["median"] / first["copies"] * 2.5
             table.add_row(shape, f"{first['megabytes']:.1f}", f"{floor:.3g}", *cells)
+        passes = "eight" if layout == "NHWC" else "five"
+        streaming = f"streaming: {passes} passes over the same four tensors instead of copies of two\n"
         table.caption = (
             "the floor shown is 2.5 copies; with a residual it is 3.5 (none) or 4 (relu, hardswish)\n"
-            f"streaming: {'eight' if layout == 'NHWC' else 'five'} passes over the same four tensors "
-            "instead of copies of two\n" + busy(result)
+            + (streaming if streamed else "")
+            + busy(result)
         )
         tables.append(table)
 
@@ -229,7 +231,7 @@ def host(result: Result) -> list[RenderableType]:
 def _kernel_ratio(row: Result) -> str:
     """The limits are for ReLU without a residual; tiny tensors have none."""
     ratio, limit = row["ratio"]["median"], LIMITS.get(row["size"], math.inf)
-    held = row["activation"] == "relu" and not row["residual"]
+    held = row["norm"] == "relu" and not row["residual"]
     return mark(f"{ratio:.2f}", missed=held and ratio > limit)
 
 

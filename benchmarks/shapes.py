@@ -11,7 +11,18 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-__all__ = ["LARGE_BYTES", "LAYOUTS", "MODELS", "QUICK", "SMALL_BYTES", "Case", "Shape", "cases", "memory_shape"]
+__all__ = [
+    "LARGE_BYTES",
+    "LAYOUTS",
+    "MODELS",
+    "QUICK",
+    "SMALL_BYTES",
+    "Case",
+    "Shape",
+    "cases",
+    "groups",
+    "memory_shape",
+]
 
 Shape = tuple[int, int, int, int]
 
@@ -89,6 +100,11 @@ def memory_shape(shape: Shape, layout: str) -> Shape:
     """The shape of the dense array that holds ``shape`` in a layout."""
     samples, channels, height, width = shape
     return (samples, height, width, channels) if layout == "NHWC" else shape
+
+
+def groups(channels: int) -> int:
+    """Group norm's: 32, as in the paper, or 8 where 32 does not divide the channels."""
+    return 8 if channels % 32 else 32
 
 
 def cases(models: tuple[str, ...] = (), *, quick: bool = False) -> list[Case]:

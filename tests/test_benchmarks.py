@@ -138,6 +138,16 @@ def test_the_step_that_is_timed_is_batch_norm(layout: str) -> None:
     np.testing.assert_allclose(arrays["dresidual"], exact.residual, atol=1e-5)
 
 
+@pytest.mark.parametrize("layout", shapes.LAYOUTS)
+def test_so_is_that_of_group_norm(layout: str) -> None:
+    tensors = kernels.Tensors((3, 8, 4, 2), layout)
+    tensors.group_step(4)()
+    arrays, axis = tensors.arrays, -1 if layout == "NHWC" else 1
+    np.testing.assert_allclose(arrays["y"], reference.group_norm(arrays["x"], 4, axis=axis).y, atol=1e-5)
+    exact = reference.group_norm_gradients(arrays["dy"], arrays["x"], 4, axis=axis)
+    np.testing.assert_allclose(arrays["dx"], exact.x, atol=1e-5)
+
+
 def test_a_norm_is_what_it_adds_to_its_graph() -> None:
     case = shapes.Case((2, 3, 4, 5), ("a model",))
     times = {
@@ -225,8 +235,8 @@ def ratios(median: float) -> timing.Quartiles:
 
 
 def test_what_misses_its_limit_is_marked_and_nothing_else() -> None:
-    def row(shape: str, size: str, activation: str, ratio: float) -> kernels.Row:
-        given = (("a model",), size, 30.0, "NCHW", activation, False, "float32", 2.5, ratios(2.0), ratios(2 * ratio))
+    def row(shape: str, size: str, norm: str, ratio: float) -> kernels.Row:
+        given = (("a model",), size, 30.0, "NCHW", norm, False, "float32", 2.5, ratios(2.0), ratios(2 * ratio))
         return kernels.Row(shape, *given, ratios(ratio), ratios(ratio / 2))
 
     rows = [row("1x2x3x4", "large", "relu", 1.2), row("5x6x7x8", "small", "relu", 2.5), row("9", "tiny", "relu", 7.0)]
@@ -235,6 +245,14 @@ def test_what_misses_its_limit_is_marked_and_nothing_else() -> None:
 
     assert [line.split()[0] for line in text.splitlines() if "!" in line] == ["5x6x7x8", "1–25"]
     assert "measure again" not in text
+
+
+def test_samples_norms_have_no_yardstick_of_eight_passes() -> None:
+    shape = shapes.Case((2, 8, 4, 4), ("a model",))
+    result = kernels.measure([shape], activations=(), others=("group", "instance"), count=1, progress=lambda _: None)
+    found = {(row["layout"], row["norm"]): row["streaming"] is not None for row in result["rows"]}
+    assert found == {(layout, norm): layout == "NCHW" for layout in shapes.LAYOUTS for norm in ("group", "instance")}
+    assert "streaming: eight" not in printed(report.kernels(result))
 
 
 def test_layers_fit_the_terminal_and_mark_where_ours_is_slower() -> None:

@@ -321,7 +321,7 @@ def test_poison_stays_in_its_channel_and_fills_it(shape, poison: float, channels
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_frozen_poison_in_dy_stays_in_its_element(shape, poison: float, channels_last: bool) -> None:
-    """dx = γ·inv_std·dz: no sum comes into it."""
+    """No sum comes into dx = γ·inv_std·dz."""
     clean = make_case(shape, channels_last=channels_last, seed=5)
     moments, dy = forward(clean)[1], clean.dy.copy()
     dy.flat[-1] = poison
