@@ -151,7 +151,8 @@ struct Group {
     template <class Body>
     static void each_few_groups(const Problem &p, const Body &body) {
         const index groups = all_groups(p), bytes = group_elements(p) * index(sizeof(S));
-        const index few = larger(1, smaller(bytes_of_groups / bytes, groups / 32));
+        const index most = streams_planes<S>(p) ? bytes_together : bytes_of_groups;  // what is streamed is not in L1
+        const index few = larger(1, smaller(most / bytes, groups / 32));
         parallel_for((groups + few - 1) / few, p.shape.elements(), [&](index task) {
             const index first = task * few;
             body(first, smaller(few, groups - first), first + 2 * few <= groups ? few * group_elements(p) : 0);
