@@ -30,8 +30,8 @@ constexpr index bytes_ahead = 8192;
 // than one plane: up to this many bytes of one tensor, which with the others stay in a second-level cache, and so many.
 constexpr index bytes_together = 96 << 10, most_together = 32;
 
-// Channels-first groups of one sample are taken together, too, up to this many bytes of one tensor: with the others they
-// stay in a first-level cache.
+// Groups of short planes, which group norm takes together, too: up to this many bytes of one tensor, which with the
+// others stay in a first-level cache.
 constexpr index bytes_of_groups = 8 << 10;
 
 // Of one channel and tensor, where the planes to be written are asked for while those that are read are being summed:
