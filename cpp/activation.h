@@ -16,6 +16,35 @@ constexpr Activation relu_of_y{16}, relu6_of_y{17}, leaky_relu_of_y{18};
 template <Activation A>
 constexpr bool is_of_y = A == relu_of_y || A == relu6_of_y || A == leaky_relu_of_y;
 
+// Which of them stands for this activation; itself if none does.
+inline Activation of_y(Activation a) {
+    if (a == Activation::relu) return relu_of_y;
+    if (a == Activation::relu6) return relu6_of_y;
+    return a == Activation::leaky_relu ? leaky_relu_of_y : a;
+}
+
+// Calls loop<A>() for an activation. Norms choose here, for the blocks that they have worked on, so that only the loops
+// over elements are compiled for each.
+template <class Loop>
+inline void for_activation(Activation a, const Loop &loop) {
+    switch (a) {
+        case Activation::none: return loop.template operator()<Activation::none>();
+        case Activation::relu: return loop.template operator()<Activation::relu>();
+        case Activation::relu6: return loop.template operator()<Activation::relu6>();
+        case Activation::leaky_relu: return loop.template operator()<Activation::leaky_relu>();
+        case Activation::hardswish: return loop.template operator()<Activation::hardswish>();
+        case Activation::swish: return loop.template operator()<Activation::swish>();
+    }
+}
+// The same where its derivative is needed.
+template <class Loop>
+inline void for_gradient(Activation a, const Loop &loop) {
+    if (a == relu_of_y) return loop.template operator()<relu_of_y>();
+    if (a == relu6_of_y) return loop.template operator()<relu6_of_y>();
+    if (a == leaky_relu_of_y) return loop.template operator()<leaky_relu_of_y>();
+    for_activation(a, loop);
+}
+
 template <class V>
 inline V sigmoid(const V &z) {
     using T = typename Lanes<V>::scalar;

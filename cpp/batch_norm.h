@@ -1,6 +1,7 @@
 // Batch norm: statistics per channel, over the samples and the inner dimension.
 #pragma once
 
+#include "piece_moments.h"
 #include "rows.h"
 
 namespace flatwater::FLATWATER_ISA {
@@ -52,35 +53,22 @@ struct Batch {
         });
     }
 
-    FLATWATER_ONE_COPY
-    static void add(Moments &channel, const Moments &block) { channel.add(block); }
-
     static void piece_statistics(const Problem &p) {
-        const index channels = p.shape.channels, blocks = Blocks<S>(planes(p, 0)).size();
-        Scratch<Moments> found(channels * blocks);
-        parallel_for(channels * blocks, p.shape.elements(), [&](index i) {
-            const S *const x = At<S>(p, 0).x;
-            block_moments(x, Blocks<S>(planes(p, i / blocks))[i % blocks], x, &found[i]);
-        });
-        for (index c = 0; c < channels; ++c) {
-            Moments all;
-            for (index b = 0; b < blocks; ++b) add(all, found[c * blocks + b]);
-            set_moments(p, c, all);
-        }
+        block_by_block<S>(
+            p, p.shape.channels, [&](index c) { return planes(p, c); },
+            [&](index c, const Moments &all) { set_moments(p, c, all); });
     }
 
-    template <Activation A>
     static void piece_normalize(const Problem &p) {
         const index blocks = Blocks<S>(planes(p, 0)).size();
         parallel_for(p.shape.channels * blocks, p.shape.elements(), [&](index i) {
             const index c = i / blocks;
             const Affine<T> f(channel_of(p, c, c));
-            pieces_apply<S, A>(At<S>(p, 0), Blocks<S>(planes(p, c))[i % blocks], &f, streams_planes<S>(p), 0);
+            pieces_apply(At<S>(p, 0), Blocks<S>(planes(p, c))[i % blocks], &f, streams_planes<S>(p), 0);
             finish_streaming();
         });
     }
 
-    template <Activation A>
     static void piece_forward(const Problem &p) {
         each_few_channels(p, [&](index first, index count, index ahead) {
             const At<S> at(p, 0);
@@ -89,7 +77,7 @@ struct Batch {
             Moments all[most_together], found[most_together];
             for (index b = 0; b < blocks.size(); ++b) {
                 block_moments(at.x, blocks[b], outputs_fit(p) ? at.y : at.x + blocks.to_next(b), found);
-                for (index k = 0; k < count; ++k) add(all[k], found[k]);
+                for (index k = 0; k < count; ++k) all[k].add(found[k]);
             }
             Affine<T> affine[most_together];
             for (index k = 0; k < count; ++k) {
@@ -97,7 +85,7 @@ struct Batch {
                 set_moments(p, c, all[k]);
                 affine[k] = Affine<T>(channel_of(p, c, c));
             }
-            pieces_apply<S, A>(at, pieces, affine, streams_planes<S>(p), ahead);
+            pieces_apply(at, pieces, affine, streams_planes<S>(p), ahead);
             finish_streaming();
         });
     }
@@ -108,7 +96,6 @@ struct Batch {
         p.sum_dz_xhat[c] = sums.dz_xhat;
     }
 
-    template <Activation A>
     static void piece_gradient_sums(const Problem &p) {
         const index channels = p.shape.channels, blocks = Blocks<S>(planes(p, 0)).size();
         Scratch<GradientSums> found(channels * blocks);
@@ -118,7 +105,7 @@ struct Batch {
             const Channel channel = channel_of(p, c, c);
             const Affine<T> f(channel);
             const T unit = T(unit_of<T>(channel.inv_std));
-            block_sums<S, A>(at, Blocks<S>(planes(p, c))[i % blocks], &f, &unit, {at.x, at.dy}, &found[i]);
+            block_sums(at, Blocks<S>(planes(p, c))[i % blocks], &f, &unit, {at.x, at.dy}, &found[i]);
         });
         for (index c = 0; c < channels; ++c) {
             GradientSums all;
@@ -127,19 +114,17 @@ struct Batch {
         }
     }
 
-    template <Activation A>
     static void piece_input_gradient(const Problem &p) {
         const index blocks = Blocks<S>(planes(p, 0)).size();
         parallel_for(p.shape.channels * blocks, p.shape.elements(), [&](index i) {
             const index c = i / blocks;
             const Affine<T> f(channel_of(p, c, c));
             const Gradient<T> g = gradient_of(p, c);
-            pieces_gradient<S, A>(At<S>(p, 0), Blocks<S>(planes(p, c))[i % blocks], &f, &g, streams_planes<S>(p), 0);
+            pieces_gradient(At<S>(p, 0), Blocks<S>(planes(p, c))[i % blocks], &f, &g, streams_planes<S>(p), 0);
             finish_streaming();
         });
     }
 
-    template <Activation A>
     static void piece_backward(const Problem &p) {
         each_few_channels(p, [&](index first, index count, index ahead) {
             const At<S> at(p, 0);
@@ -158,7 +143,7 @@ struct Batch {
                 const index next = blocks.to_next(b);
                 const Prefetched<S> prefetched =
                     outputs_fit(p) ? Prefetched<S>{output, at.x} : Prefetched<S>{at.x + next, at.dy + next};
-                block_sums<S, A>(at, blocks[b], affine, units, prefetched, found);
+                block_sums(at, blocks[b], affine, units, prefetched, found);
                 for (index k = 0; k < count; ++k) all[k].add(found[k]);
             }
             Gradient<T> gradients[most_together];
@@ -166,7 +151,7 @@ struct Batch {
                 set_sums(p, first + k, all[k]);
                 gradients[k] = gradient_of(p, first + k);
             }
-            pieces_gradient<S, A>(at, pieces, affine, gradients, streams_planes<S>(p), ahead);
+            pieces_gradient(at, pieces, affine, gradients, streams_planes<S>(p), ahead);
             finish_streaming();
         });
     }
@@ -179,10 +164,8 @@ struct Batch {
 
         index sets() const { return 1; }
         const Shape &shape() const { return p.shape; }
-        Channels channels(index) const {
-            Channels all(p.shape.channels);
-            for (index c = 0; c < all.count(); ++c) all.set(c, channel_of(p, c, c));
-            return all;
+        void get_channels(index, const Channels &channels) const {
+            for (index c = 0; c < channels.count(); ++c) channels.set(c, channel_of(p, c, c));
         }
         void get_means(index, const Channels &channels, double *dz, double *dz_xhat) const {
             for (index c = 0; c < channels.count(); ++c) {
@@ -205,37 +188,32 @@ struct Batch {
 
     static void statistics(const Problem &p) { as_pieces(p.shape) ? piece_statistics(p) : rows(p).statistics(); }
 
-    template <Activation A>
     static void normalize(const Problem &p) {
-        as_pieces(p.shape) ? piece_normalize<A>(p) : rows(p).template normalize<A>();
+        as_pieces(p.shape) ? piece_normalize(p) : rows(p).normalize();
     }
 
-    template <Activation A>
     static void forward(const Problem &p) {
-        if (!as_pieces(p.shape)) return rows(p).template forward<A>();
-        if (channels_go_round(p)) return piece_forward<A>(p);
+        if (!as_pieces(p.shape)) return rows(p).forward();
+        if (channels_go_round(p)) return piece_forward(p);
         piece_statistics(p);
-        piece_normalize<A>(p);
+        piece_normalize(p);
     }
 
-    template <Activation A>
     static void gradient_sums(const Problem &p) {
-        as_pieces(p.shape) ? piece_gradient_sums<A>(p) : rows(p).template gradient_sums<A>();
+        as_pieces(p.shape) ? piece_gradient_sums(p) : rows(p).gradient_sums();
     }
 
-    template <Activation A>
     static void input_gradient(const Problem &p) {
-        as_pieces(p.shape) ? piece_input_gradient<A>(p) : rows(p).template input_gradient<A>();
+        as_pieces(p.shape) ? piece_input_gradient(p) : rows(p).input_gradient();
     }
 
-    template <Activation A>
     static void backward(const Problem &p) {
         const bool elementwise = p.dx || p.dresidual;
-        if (!elementwise) return gradient_sums<A>(p);
-        if (!as_pieces(p.shape)) return rows(p).template backward<A>();
-        if (channels_go_round(p)) return piece_backward<A>(p);
-        piece_gradient_sums<A>(p);
-        piece_input_gradient<A>(p);
+        if (!elementwise) return gradient_sums(p);
+        if (!as_pieces(p.shape)) return rows(p).backward();
+        if (channels_go_round(p)) return piece_backward(p);
+        piece_gradient_sums(p);
+        piece_input_gradient(p);
     }
 };
 

@@ -63,7 +63,7 @@ void def_pointer(nb::class_<Call> &type, const char *name) {
 template <auto kernel>
 void def_kernel(nb::module_ &m, const char *name) {
     m.def(
-        name, [](const Call &call) { (kernels().*kernel)(call.problem); }, "call"_a,
+        name, [](const Call &call) { (isa().of(call.problem.dtype).*kernel)(call.problem); }, "call"_a,
         nb::call_guard<nb::gil_scoped_release>());
 }
 
@@ -147,7 +147,7 @@ NB_MODULE(_cpu, m) {
         },
         "values"_a, "target"_a, "is_double"_a, "size"_a);
     m.def("doubles", &doubles, "array"_a, "size"_a);
-    m.def("isa", [] { return std::string(kernels().isa); });
+    m.def("isa", [] { return std::string(isa().name); });
     m.def("threads", &threads);
     m.def("set_threads", &set_threads, "threads"_a);
     bind_pool(m);

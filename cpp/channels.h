@@ -5,16 +5,17 @@
 
 namespace flatwater::FLATWATER_ISA {
 
-// Many channels, one array for each field.
+// Many channels, one array for each field, in memory of somebody else's: so many values.
 class Channels {
   public:
-    explicit Channels(index count) : count_(count), values_(4 * count) {}
+    static index values(index count) { return 4 * count; }
+    Channels(index count, double *values) : count_(count), values_(values) {}
 
     index count() const { return count_; }
-    double *mean() const { return values_.get(); }
-    double *inv_std() const { return values_.get() + count_; }
-    double *weight() const { return values_.get() + 2 * count_; }
-    double *bias() const { return values_.get() + 3 * count_; }
+    double *mean() const { return values_; }
+    double *inv_std() const { return values_ + count_; }
+    double *weight() const { return values_ + 2 * count_; }
+    double *bias() const { return values_ + 3 * count_; }
 
     void set(index i, const Channel &channel) const {
         mean()[i] = channel.mean, inv_std()[i] = channel.inv_std;
@@ -24,7 +25,7 @@ class Channels {
 
   private:
     index count_;
-    Scratch<double> values_;
+    double *values_;
 };
 
 // Each of these fills columns from `first` on.

@@ -106,6 +106,7 @@ struct Moments {
     index count = 0;
     double mean = 0, m2 = 0;
 
+    FLATWATER_ONE_COPY
     void add(const Moments &other) {
         if (other.count == 0) return;
         if (count == 0) {

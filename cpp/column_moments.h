@@ -139,9 +139,8 @@ void vector_column_moments(const S *x, const Block &b, double *mean, double *m2)
 
 template <class S>
 void column_moments(const S *x, const Block &b, double *mean, double *m2) {
-    for_width<S>(b, [&]<class V>() {
-        if (b.second_level) return vector_column_moments<S, V, true>(x, b, mean, m2);
-        vector_column_moments<S, V, false>(x, b, mean, m2);
+    for_width<S>(b, [&]<class V, bool second_level>() {
+        vector_column_moments<S, V, second_level>(x, b, mean, m2);
     });
 }
 

@@ -131,14 +131,27 @@ inline void each_group_backwards(index rows, const Body &body) {
     for (; r > 0; r -= rows_at_once) body.template operator()<rows_at_once>(r - rows_at_once);
 }
 
-// Calls the loop for vectors of columns, or for scalars where there are too few.
+// Calls loop<V, second_level>() for vectors of columns, or for scalars where there are too few.
 template <class S, class Loop>
 inline void for_width(const Block &b, const Loop &loop) {
     using E = Element<S>;
-    if (b.columns < E::width)
-        loop.template operator()<typename E::Compute>();
-    else
-        loop.template operator()<typename E::Vector>();
+    if (b.columns < E::width) return loop.template operator()<typename E::Compute, false>();
+    if constexpr (two_levels<S>)
+        if (b.second_level) return loop.template operator()<typename E::Vector, true>();
+    loop.template operator()<typename E::Vector, false>();
+}
+
+// The same of a loop that writes: loop<V, streaming, second_level>(). What is not streamed is small enough for the
+// first level.
+template <class S, class Loop>
+inline void for_width(const Block &b, bool streaming, const Loop &loop) {
+    using E = Element<S>;
+    if (!streaming)
+        return b.columns < E::width ? loop.template operator()<typename E::Compute, false, false>()
+                                    : loop.template operator()<typename E::Vector, false, false>();
+    if constexpr (two_levels<S>)
+        if (b.second_level) return loop.template operator()<typename E::Vector, true, true>();
+    loop.template operator()<typename E::Vector, true, false>();
 }
 
 template <class S, class V, bool streaming>
@@ -177,13 +190,13 @@ inline bool can_stream(const S *out, const Block &b) {
     return b.columns % width == 0 && b.stride % width == 0 && before_multiple(out, width * index(sizeof(S))) == 0;
 }
 
-template <class S, Activation A>
-void columns_apply(const At<S> &at, const Block &b, const Columns<typename Element<S>::Compute> &c, bool streaming) {
-    for_width<S>(b, [&]<class V>() {
-        const bool streams = streaming && can_stream(at.y, b);
-        if (streams && b.second_level) return vector_columns_apply<S, V, A, true, true>(at, b, c);
-        if (streams) return vector_columns_apply<S, V, A, true, false>(at, b, c);
-        vector_columns_apply<S, V, A, false, false>(at, b, c);
+template <class S>
+void columns_apply(const At<S> &at, const Block &b, const Columns<typename Element<S>::Compute> &c, bool stream) {
+    const bool streams = stream && can_stream(at.y, b);
+    for_activation(at.activation, [&]<Activation A>() {
+        for_width<S>(b, streams, [&]<class V, bool streaming, bool second_level>() {
+            vector_columns_apply<S, V, A, streaming, second_level>(at, b, c);
+        });
     });
 }
 
@@ -228,12 +241,13 @@ void vector_columns_sums(const At<S> &all, const Block &b, const Columns<typenam
     });
 }
 
-template <class S, Activation A>
+template <class S>
 void columns_sums(const At<S> &at, const Block &b, const Columns<typename Element<S>::Compute> &c, double *dz_sums,
                   double *dz_xhat_sums) {
-    for_width<S>(b, [&]<class V>() {
-        if (b.second_level) return vector_columns_sums<S, V, A, true>(at, b, c, dz_sums, dz_xhat_sums);
-        vector_columns_sums<S, V, A, false>(at, b, c, dz_sums, dz_xhat_sums);
+    for_gradient(at.activation, [&]<Activation A>() {
+        for_width<S>(b, [&]<class V, bool second_level>() {
+            vector_columns_sums<S, V, A, second_level>(at, b, c, dz_sums, dz_xhat_sums);
+        });
     });
 }
 
@@ -262,15 +276,15 @@ void vector_columns_gradient(const At<S> &all, const Block &b, const Columns<typ
     });
 }
 
-template <class S, Activation A>
+template <class S>
 void columns_gradient(const At<S> &at, const Block &b, const Columns<typename Element<S>::Compute> &c,
-                      bool streaming) {
+                      bool stream) {
     const bool aligned = (!at.dx || can_stream(at.dx, b)) && (!at.dresidual || can_stream(at.dresidual, b));
-    for_width<S>(b, [&]<class V>() {
-        const bool streams = streaming && aligned;
-        if (streams && b.second_level) return vector_columns_gradient<S, V, A, true, true>(at, b, c);
-        if (streams) return vector_columns_gradient<S, V, A, true, false>(at, b, c);
-        vector_columns_gradient<S, V, A, false, false>(at, b, c);
+    const bool streams = stream && aligned;
+    for_gradient(at.activation, [&]<Activation A>() {
+        for_width<S>(b, streams, [&]<class V, bool streaming, bool second_level>() {
+            vector_columns_gradient<S, V, A, streaming, second_level>(at, b, c);
+        });
     });
 }
 

@@ -7,31 +7,32 @@
 
 namespace flatwater {
 
-namespace baseline {
-extern const Kernels kernels;
-}
+// What has been compiled of kernels.cpp, in the order of DType.
+#define FLATWATER_COMPILED(isa)                                                                        \
+    namespace isa {                                                                                    \
+    extern const Kernels kernels_of_f32, kernels_of_f64, kernels_of_bf16, kernels_of_f16;              \
+    constexpr Isa all = {#isa, {&kernels_of_f32, &kernels_of_f64, &kernels_of_bf16, &kernels_of_f16}}; \
+    }
+
+FLATWATER_COMPILED(baseline)
 #ifdef FLATWATER_X86
-namespace avx2 {
-extern const Kernels kernels;
-}
-namespace avx512 {
-extern const Kernels kernels;
-}
+FLATWATER_COMPILED(avx2)
+FLATWATER_COMPILED(avx512)
 #endif
 
-const Kernels *choose_kernels(const char *forced) {
-    const auto wanted = [forced](const Kernels &kernels) {
-        return !forced || !*forced || std::strcmp(forced, kernels.isa) == 0;
+const Isa *choose_isa(const char *forced) {
+    const auto wanted = [forced](const Isa &isa) {
+        return !forced || !*forced || std::strcmp(forced, isa.name) == 0;
     };
 #ifdef FLATWATER_X86
     __builtin_cpu_init();
     const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (has_avx512 && wanted(avx512::kernels)) return &avx512::kernels;
-    if (has_avx2 && wanted(avx2::kernels)) return &avx2::kernels;
+    if (has_avx512 && wanted(avx512::all)) return &avx512::all;
+    if (has_avx2 && wanted(avx2::all)) return &avx2::all;
 #endif
-    return wanted(baseline::kernels) ? &baseline::kernels : nullptr;
+    return wanted(baseline::all) ? &baseline::all : nullptr;
 }
 
 namespace {
@@ -100,10 +101,10 @@ const Machine &machine() {
     return *found;
 }
 
-const Kernels &kernels() {
-    static const Kernels *const chosen = [] {
+const Isa &isa() {
+    static const Isa *const chosen = [] {
         const char *forced = std::getenv("FLATWATER_ISA");
-        const Kernels *found = choose_kernels(forced);
+        const Isa *found = choose_isa(forced);
         if (!found) throw std::invalid_argument(forced);
         machine();
         return found;

@@ -6,7 +6,10 @@
 
 namespace flatwater::FLATWATER_ISA {
 
-// Half-width floats, converted with integer arithmetic: exact, and the same on every machine.
+// Elements are named as DType names them. Half-width floats are converted with integer arithmetic: exact, and the same
+// on every machine.
+using f32 = float;
+using f64 = double;
 struct bf16 {
     std::uint16_t bits;
 };

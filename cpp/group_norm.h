@@ -1,6 +1,7 @@
 // Group norm: statistics per sample and group of channels. Instance norm has groups of one channel.
 #pragma once
 
+#include "piece_moments.h"
 #include "rows.h"
 
 namespace flatwater::FLATWATER_ISA {
@@ -20,17 +21,15 @@ struct Group {
         if (p.inv_std) p.inv_std[i] = inverse_deviation(all.m2, all.count, p.epsilon);
     }
 
-    // Those of `count` planes from `first` on; planes are counted sample by sample.
-    static Channels channels_of(const Problem &p, index first, index count) {
+    // Those of planes from `first` on, which are counted sample by sample.
+    static void get_channels(const Problem &p, index first, const Channels &channels) {
         const index size = group_channels(p);
-        Channels channels(count);
         index group = first / size, to_next_group = size - first % size, c = first % p.shape.channels;
-        for (index k = 0; k < count; ++k) {
+        for (index k = 0; k < channels.count(); ++k) {
             channels.set(k, channel_of(p, group, c));
             if (++c == p.shape.channels) c = 0;
             if (--to_next_group == 0) to_next_group = size, ++group;
         }
-        return channels;
     }
 
     // Of many planes: Σdz and Σdz·x̂, or means of such.
@@ -72,22 +71,25 @@ struct Group {
     class Planes {
       public:
         Planes(const Problem &p, index first, index count)
-            : p_(p), first_(first), channels_(channels_of(p, first, count)), columns_(count) {
+            : p_(p),
+              first_(first),
+              values_(Channels::values(count)),
+              channels_(count, values_.get()),
+              columns_(count) {
+            get_channels(p, first, channels_);
             set_affine(channels_, columns_, 0);
         }
 
         // `ahead` elements before what is worked on after them (0: nothing is).
-        template <Activation A>
         void apply(index ahead) const {
             each_few(true, [&](index from, const Pieces &planes) {
                 Affine<T> affine[most_together];
                 for (index k = 0; k < planes.channels; ++k) affine[k] = columns_.affine(from + k);
-                pieces_apply<S, A>(At<S>(p_, 0), planes, affine, streams_planes<S>(p_), ahead);
+                pieces_apply(At<S>(p_, 0), planes, affine, streams_planes<S>(p_), ahead);
             });
         }
 
         // Σdz and Σdz·x̂ of each.
-        template <Activation A>
         void sum(const PerPlane &sums) const {
             const At<S> at(p_, 0);
             const S *const output = outputs_fit(p_) ? at.dx ? at.dx : at.dresidual : nullptr;
@@ -101,7 +103,7 @@ struct Group {
                     const index next = blocks.to_next(b);
                     const auto prefetched =
                         output ? Prefetched<S>{output, at.x} : Prefetched<S>{at.x + next, at.dy + next};
-                    block_sums<S, A>(at, blocks[b], affine, columns_.field(columns_.unit) + from, prefetched, found);
+                    block_sums(at, blocks[b], affine, columns_.field(columns_.unit) + from, prefetched, found);
                     for (index k = 0; k < planes.channels; ++k) all[k].add(found[k]);
                 }
                 const PerPlane to = sums.from(from);
@@ -111,7 +113,6 @@ struct Group {
         }
 
         // The means are those of set_means.
-        template <Activation A>
         void gradient(const PerPlane &means, index ahead) const {
             set_gradients(channels_, means.dz, means.dz_xhat, columns_, 0);
             each_few(true, [&](index from, const Pieces &planes) {
@@ -119,7 +120,7 @@ struct Group {
                 Gradient<T> gradients[most_together];
                 for (index k = 0; k < planes.channels; ++k)
                     affine[k] = columns_.affine(from + k), gradients[k] = columns_.gradient(from + k);
-                pieces_gradient<S, A>(At<S>(p_, 0), planes, affine, gradients, streams_planes<S>(p_), ahead);
+                pieces_gradient(At<S>(p_, 0), planes, affine, gradients, streams_planes<S>(p_), ahead);
             });
         }
 
@@ -138,6 +139,7 @@ struct Group {
 
         const Problem &p_;
         const index first_;
+        const Scratch<double> values_;
         const Channels channels_;
         const Columns<T> columns_;
     };
@@ -189,38 +191,27 @@ struct Group {
             return each_few_groups(p, [&](index first, index count, index) {
                 for (index i = first; i < first + count; ++i) set_group(p, i, group_moments(p, i));
             });
-        const index groups = all_groups(p), blocks = Blocks<S>(group(p, 0)).size();
-        Scratch<Moments> found(groups * blocks);
-        parallel_for(groups * blocks, p.shape.elements(), [&](index i) {
-            const S *const x = At<S>(p, 0).x;
-            block_moments(x, Blocks<S>(group(p, i / blocks))[i % blocks], x, &found[i]);
-        });
-        for (index i = 0; i < groups; ++i) {
-            Moments all;
-            for (index b = 0; b < blocks; ++b) all.add(found[i * blocks + b]);
-            set_group(p, i, all);
-        }
+        block_by_block<S>(
+            p, all_groups(p), [&](index i) { return group(p, i); },
+            [&](index i, const Moments &all) { set_group(p, i, all); });
     }
 
-    template <Activation A>
     static void plane_normalize(const Problem &p) {
-        each_few_planes(p, [&](index first, index count) { Planes(p, first, count).template apply<A>(0); });
+        each_few_planes(p, [&](index first, index count) { Planes(p, first, count).apply(0); });
     }
 
-    template <Activation A>
     static void plane_forward(const Problem &p) {
         if (!groups_go_round(p)) {
             plane_statistics(p);
-            return plane_normalize<A>(p);
+            return plane_normalize(p);
         }
         const index size = group_channels(p);
         each_few_groups(p, [&](index first, index count, index ahead) {
             for (index i = first; i < first + count; ++i) set_group(p, i, group_moments(p, i));
-            Planes(p, first * size, count * size).template apply<A>(ahead);
+            Planes(p, first * size, count * size).apply(ahead);
         });
     }
 
-    template <Activation A>
     static void plane_backward(const Problem &p, const PerPlane &sums) {
         const index size = group_channels(p);
         if (groups_go_round(p) && (p.dx || p.dresidual))
@@ -228,17 +219,17 @@ struct Group {
                 const Planes planes(p, first * size, count * size);
                 const Scratch<double> dz(count * size), dz_xhat(count * size);
                 const PerPlane own = sums.from(first * size), means{dz.get(), dz_xhat.get()};
-                planes.template sum<A>(own);
+                planes.sum(own);
                 set_means(p, first, count, own, means);
-                planes.template gradient<A>(means, ahead);
+                planes.gradient(means, ahead);
             });
-        each_few_planes(p, [&](index first, index count) { Planes(p, first, count).template sum<A>(sums.from(first)); });
+        each_few_planes(p, [&](index first, index count) { Planes(p, first, count).sum(sums.from(first)); });
         if (!p.dx && !p.dresidual) return;
         const Scratch<double> dz(all_planes(p)), dz_xhat(all_planes(p));
         const PerPlane means{dz.get(), dz_xhat.get()};
         set_means(p, 0, all_groups(p), sums, means);
         each_few_planes(p, [&](index first, index count) {
-            Planes(p, first, count).template gradient<A>(means.from(first), 0);
+            Planes(p, first, count).gradient(means.from(first), 0);
         });
     }
 
@@ -251,7 +242,9 @@ struct Group {
 
         index sets() const { return p.shape.outer; }
         Shape shape() const { return {1, p.shape.channels, p.shape.inner, true}; }
-        Channels channels(index n) const { return channels_of(p, n * p.shape.channels, p.shape.channels); }
+        void get_channels(index n, const Channels &channels) const {
+            Group::get_channels(p, n * p.shape.channels, channels);
+        }
         void get_means(index n, const Channels &, double *dz, double *dz_xhat) const {
             set_means(p, n * p.groups, p.groups, sums.from(n * p.shape.channels), {dz, dz_xhat});
         }
@@ -274,14 +267,12 @@ struct Group {
         p.shape.channels_last ? rows(p).statistics() : plane_statistics(p);
     }
 
-    template <Activation A>
     static void normalize(const Problem &p) {
-        p.shape.channels_last ? rows(p).template normalize<A>() : plane_normalize<A>(p);
+        p.shape.channels_last ? rows(p).normalize() : plane_normalize(p);
     }
 
-    template <Activation A>
     static void forward(const Problem &p) {
-        p.shape.channels_last ? rows(p).template forward<A>() : plane_forward<A>(p);
+        p.shape.channels_last ? rows(p).forward() : plane_forward(p);
     }
 
     // dβ and dγ: what the planes of each channel contribute, sample after sample.
@@ -294,16 +285,15 @@ struct Group {
         }
     }
 
-    template <Activation A>
     static void backward(const Problem &p) {
         const Scratch<double> dz(all_planes(p)), dz_xhat(all_planes(p));
         const PerPlane sums{dz.get(), dz_xhat.get()};
         if (!p.shape.channels_last)
-            plane_backward<A>(p, sums);
+            plane_backward(p, sums);
         else if (p.dx || p.dresidual)
-            rows(p, sums).template backward<A>();
+            rows(p, sums).backward();
         else
-            rows(p, sums).template gradient_sums<A>();
+            rows(p, sums).gradient_sums();
         sum_over_samples(p, sums);
     }
 };

@@ -223,10 +223,17 @@ bool streams_planes(const Problem &p) {
     return reaches<S>(plane < long_plane ? machine().stream_short_planes : machine().stream_planes, p);
 }
 
+// Whether loops are compiled for each level of cache that memory may be prefetched into: inside a loop the choice took up
+// to a fifth of its time. Processors that would rather have the second have AVX-512; and float64, which networks hardly
+// have, is not worth two loops.
+template <class S>
+constexpr bool two_levels =
+    sizeof(typename Element<S>::Vector) == line_bytes && sizeof(typename Element<S>::Compute) < sizeof(double);
+
 // Whether rows of columns are prefetched into the second-level cache only.
 template <class S>
 bool prefetches_second_level(const Problem &p) {
-    return reaches<S>(machine().second_level_rows, p);
+    return two_levels<S> && reaches<S>(machine().second_level_rows, p);
 }
 
 // GCC 12 takes a function that only prefetches for one that does nothing, and drops the calls that it has not inlined.
@@ -241,11 +248,12 @@ FLATWATER_HINT void prefetch(const S *p, bool second_level = false) {
         __builtin_prefetch(p, 0, 3);
 }
 
-// The element pointers of a call at one offset, null where the call has none.
+// The activation of a call, and its element pointers at one offset, null where it has none.
 template <class S>
 struct At {
     const S *x, *residual, *dy;
     S *y, *dx, *dresidual;
+    Activation activation;
 
     At(const Problem &p, index offset)
         : x(move(static_cast<const S *>(p.x), offset)),
@@ -253,7 +261,8 @@ struct At {
           dy(move(static_cast<const S *>(p.dy), offset)),
           y(move(static_cast<S *>(p.y), offset)),
           dx(move(static_cast<S *>(p.dx), offset)),
-          dresidual(move(static_cast<S *>(p.dresidual), offset)) {}
+          dresidual(move(static_cast<S *>(p.dresidual), offset)),
+          activation(p.activation) {}
 
     At plus(index offset) const {
         At other = *this;

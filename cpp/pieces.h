@@ -17,137 +17,12 @@ inline V gradient_at(const At<S> &at, index i, const F &f, V &shifted) {
     return activation_gradient<A, V>(z, fetch<S, V>(at.dy + i));
 }
 
-template <class V>
-struct Deviations {
-    double sum, squares;  // Σ(x - pivot) and Σ(x - pivot)²
-};
-
-// The mean of a block's first sixteenth as its elements' own precision has it; 0 where there is no such number, and
-// where the sixteenth's lanes differ by more than it: then it brings the elements no nearer to 0, but costs each a
-// rounding, and may be that of an outlier. Were those elements far from the block's mean, then by a distance that is
-// itself part of m2: at most by 4 deviations.
-template <class S, class V>
-typename Element<S>::Compute block_pivot(const S *x, const Pieces &block) {
-    using T = typename Element<S>::Compute;
-    constexpr index few = 16, width = Lanes<V>::count;
-    const index count = (block.count + few - 1) / few;
-    const index length = block.count > 1 ? block.length : larger(smaller(block.length, width), block.length / few);
-    V ways[4] = {};
-    for (index n = 0; n < count; ++n) {
-        const S *piece = x + n * block.stride;
-        four_ways<V>(0, length, [&]<int way>(index i) { ways[way] += fetch<S, V>(piece + i); });
-    }
-    const V sum = (ways[0] + ways[1]) + (ways[2] + ways[3]);
-    const double each = double(count * (length / width));
-    const T pivot = T(sum_of_lanes<V>(sum) / (each * width));
-    return pivot - pivot == 0 && __builtin_fabs(double(pivot)) > spread_of_lanes<V>(sum) / each ? pivot : T(0);
-}
-
-// Of one channel, with every square in double: for values so far apart, or so close, that it is no number in float.
-template <class S, class V>
-Deviations<V> wide_deviations(const S *x, const Pieces &block, typename Element<S>::Compute pivot) {
-    using Wide = typename Lanes<V>::wide;
-    const Rest<V> rest(block.length);
-    Wide first{}, second{};
-    const auto add = [&](const V &deviation) {
-        const Wide d = widen_lanes(deviation);
-        first += d;
-        second += d * d;
-    };
-    for (index n = 0; n < block.count; ++n) {
-        const S *piece = x + n * block.stride;
-        four_ways<V>(0, block.length, [&]<int>(index i) { add(fetch<S, V>(piece + i) - pivot); });
-        if (rest.any) add(rest.only_new(fetch<S, V>(piece + rest.at) - pivot));
-    }
-    return {sum_of_doubles(first), sum_of_doubles(second)};
-}
-
-// Of one channel, whether it has only one value.
-template <class S, class V>
-bool is_constant(const S *x, const Pieces &block) {
-    const V first = splat<V>(Element<S>::get(x));
-    for (index n = 0; n < block.count; ++n) {
-        const S *piece = x + n * block.stride;
-        V least = first, most = first;
-        const auto look = [&](const V &v) {
-            least = v < least ? v : least;
-            most = v > most ? v : most;
-        };
-        four_ways<V>(0, block.length, [&]<int>(index i) { look(fetch<S, V>(piece + i)); });
-        if (block.length % Lanes<V>::count) look(fetch<S, V>(piece + block.length - Lanes<V>::count));
-        if (any(least != most)) return false;
-    }
-    return true;
-}
-
-// Calls loop<second_level>() for the level of cache that this processor would have planes prefetched into: inside the
-// loops the choice took up to a fifth of their time. Those that would rather have the second have AVX-512; and float64,
-// which networks hardly have, is not worth two loops.
+// Calls loop<second_level>() for the level of cache that this processor would have planes prefetched into.
 template <class S, class Loop>
 inline void for_level(const Loop &loop) {
-    using E = Element<S>;
-    if constexpr (sizeof(typename E::Vector) == line_bytes && sizeof(typename E::Compute) < sizeof(double))
+    if constexpr (two_levels<S>)
         if (machine().second_level_planes) return loop.template operator()<true>();
     loop.template operator()<false>();
-}
-
-// Deviations from a pivot near the block's mean: a large mean costs no precision.
-template <class S, class V, bool second_level>
-FLATWATER_ONE_COPY
-void vector_moments(const S *x, const Pieces &block, const S *prefetched, Moments *found) {
-    using T = typename Element<S>::Compute;
-    using Wide = typename Lanes<V>::wide;
-    T pivots[most_together], pivot{};
-    Wide firsts[most_together], seconds[most_together], first{}, second{};
-    for (index c = 0; c < block.channels; ++c) {
-        pivots[c] = block_pivot<S, V>(x + c * block.length, block);
-        firsts[c] = seconds[c] = Wide{};
-    }
-    const Rest<V> rest(block.length);
-    V run_first[4] = {}, run_second[4] = {};
-    const auto add = [&](index way, const V &d) {
-        run_first[way] += d;
-        run_second[way] += d * d;
-    };
-    in_short_runs<V>(
-        block, rest,
-        [&](index c) {
-            pivot = pivots[c];
-            first = firsts[c], second = seconds[c];
-        },
-        [&]<int way>(index i) {
-            prefetch(prefetched + i, second_level);
-            add(way, fetch<S, V>(x + i) - pivot);
-        },
-        [&](index i) {
-            prefetch(prefetched + i + Lanes<V>::count - 1, second_level);
-            add(3, rest.only_new(fetch<S, V>(x + i) - pivot));
-        },
-        [&] {
-            move_into<V>(first, run_first);
-            move_into<V>(second, run_second);
-        },
-        [&](index c) { firsts[c] = first, seconds[c] = second; });
-    const index n = block.elements();
-    for (index c = 0; c < block.channels; ++c) {
-        Deviations<V> sums{sum_of_doubles(firsts[c]), sum_of_doubles(seconds[c])};
-        const S *const channel = x + c * block.length;
-        if (!squares_are_exact<T>(sums.squares, n, [&] { return is_constant<S, V>(channel, block); }))
-            sums = wide_deviations<S, V>(channel, block, pivots[c]);
-        found[c] = Moments::of_deviations(n, double(pivots[c]), sums.sum, sums.squares);
-    }
-}
-
-// Of each of the block's channels. `prefetched` is another tensor, or another part of x, of which memory is asked for
-// what lies where the block does in x.
-template <class S>
-void block_moments(const S *x, const Pieces &block, const S *prefetched, Moments *found) {
-    using E = Element<S>;
-    x += block.offset, prefetched += block.offset;
-    if (block.length < E::width) return vector_moments<S, typename E::Compute, false>(x, block, prefetched, found);
-    for_level<S>([&]<bool second_level>() {
-        vector_moments<S, typename E::Vector, second_level>(x, block, prefetched, found);
-    });
 }
 
 // One Affine for each channel; `ahead` is how far from here lies what is worked on after this: 0 if nothing is.
@@ -173,14 +48,17 @@ void vector_apply(const At<S> &all, const Pieces &pieces, const Affine<typename 
         for (index c = 0; c < pieces.channels; ++c) piece_apply(n, c);
 }
 
-template <class S, Activation A>
+template <class S>
 void pieces_apply(const At<S> &at, const Pieces &pieces, const Affine<typename Element<S>::Compute> *f, bool streaming,
                   index ahead) {
     using E = Element<S>;
-    if (pieces.length < E::width) return vector_apply<S, typename E::Compute, A, false, false>(at, pieces, f, ahead);
-    for_level<S>([&]<bool second_level>() {
-        if (streaming) return vector_apply<S, typename E::Vector, A, true, second_level>(at, pieces, f, ahead);
-        vector_apply<S, typename E::Vector, A, false, second_level>(at, pieces, f, ahead);
+    for_activation(at.activation, [&]<Activation A>() {
+        if (pieces.length < E::width)
+            return vector_apply<S, typename E::Compute, A, false, false>(at, pieces, f, ahead);
+        for_level<S>([&]<bool second_level>() {
+            if (streaming) return vector_apply<S, typename E::Vector, A, true, second_level>(at, pieces, f, ahead);
+            vector_apply<S, typename E::Vector, A, false, second_level>(at, pieces, f, ahead);
+        });
     });
 }
 
@@ -241,14 +119,16 @@ void vector_sums(const At<S> &all, const Pieces &block, const Affine<typename El
         found[c] = {sum_of_doubles(dz_sums[c]), sum_of_doubles(dz_xhat_sums[c])};
 }
 
-template <class S, Activation A>
+template <class S>
 void block_sums(const At<S> &at, const Pieces &block, const Affine<typename Element<S>::Compute> *f,
                 const typename Element<S>::Compute *units, const Prefetched<S> &prefetched, GradientSums *found) {
     using E = Element<S>;
-    if (block.length < E::width)
-        return vector_sums<S, typename E::Compute, A, false>(at, block, f, units, prefetched, found);
-    for_level<S>([&]<bool second_level>() {
-        vector_sums<S, typename E::Vector, A, second_level>(at, block, f, units, prefetched, found);
+    for_gradient(at.activation, [&]<Activation A>() {
+        if (block.length < E::width)
+            return vector_sums<S, typename E::Compute, A, false>(at, block, f, units, prefetched, found);
+        for_level<S>([&]<bool second_level>() {
+            vector_sums<S, typename E::Vector, A, second_level>(at, block, f, units, prefetched, found);
+        });
     });
 }
 
@@ -289,18 +169,20 @@ void vector_gradient(const At<S> &all, const Pieces &pieces, const Affine<typena
         for (index c = 0; c < pieces.channels; ++c) piece_gradient(n, c);
 }
 
-template <class S, Activation A>
+template <class S>
 void pieces_gradient(const At<S> &at, const Pieces &pieces, const Affine<typename Element<S>::Compute> *f,
                      const Gradient<typename Element<S>::Compute> *g, bool streaming, index ahead) {
     using E = Element<S>;
-    if (pieces.length < E::width)
-        return vector_gradient<S, typename E::Compute, A, false, false>(at, pieces, f, g, ahead);
     const bool in_step =
         !at.dx || !at.dresidual || before_multiple(at.dx, line_bytes) == before_multiple(at.dresidual, line_bytes);
-    for_level<S>([&]<bool second_level>() {
-        if (streaming && in_step)
-            return vector_gradient<S, typename E::Vector, A, true, second_level>(at, pieces, f, g, ahead);
-        vector_gradient<S, typename E::Vector, A, false, second_level>(at, pieces, f, g, ahead);
+    for_gradient(at.activation, [&]<Activation A>() {
+        if (pieces.length < E::width)
+            return vector_gradient<S, typename E::Compute, A, false, false>(at, pieces, f, g, ahead);
+        for_level<S>([&]<bool second_level>() {
+            if (streaming && in_step)
+                return vector_gradient<S, typename E::Vector, A, true, second_level>(at, pieces, f, g, ahead);
+            vector_gradient<S, typename E::Vector, A, false, second_level>(at, pieces, f, g, ahead);
+        });
     });
 }
 

@@ -37,9 +37,8 @@ struct Problem {
     index count;  // values per channel behind the statistics; 0 says that they are constants
 };
 
-// The kernels of one instruction set.
+// The kernels for tensors of one dtype.
 struct Kernels {
-    const char *isa;
     void (*batch_statistics)(const Problem &);
     void (*batch_normalize)(const Problem &);
     void (*batch_norm_forward)(const Problem &);
@@ -52,11 +51,19 @@ struct Kernels {
     void (*group_norm_backward)(const Problem &);
 };
 
-// The best that this processor runs, or the one that `forced` names; null if it cannot run that.
-const Kernels *choose_kernels(const char *forced);
+// All that are compiled for one instruction set.
+struct Isa {
+    const char *name;
+    const Kernels *kernels[4];
 
-// Those in use from the first call on: FLATWATER_ISA names them. std::invalid_argument if it names others.
-const Kernels &kernels();
+    const Kernels &of(DType dtype) const { return *kernels[static_cast<int>(dtype)]; }
+};
+
+// The best that this processor runs, or the one that `forced` names; null if it cannot run that.
+const Isa *choose_isa(const char *forced);
+
+// The one in use from the first call on: FLATWATER_ISA names it. std::invalid_argument if it names another.
+const Isa &isa();
 
 // From this size on something is done, in bytes: of one tensor, or a quarter of all that a training step reads and
 // writes, which is four tensors, or six with a residual.
@@ -85,7 +92,7 @@ struct Machine {
 };
 
 // Of this processor, or the one that FLATWATER_TUNING names: "intel", "zen4" or "other". std::invalid_argument if it
-// names another, from kernels() already.
+// names another, from isa() already.
 const Machine &machine();
 
 // moving = momentum * moving + (1 - momentum) * batch, in place; T is float or double.

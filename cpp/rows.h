@@ -10,7 +10,7 @@ namespace flatwater::FLATWATER_ISA {
 // A norm over sets of rows, equal in size, that have statistics of their own: batch norm's over one of all rows, group
 // norm's over one for each sample. Of the norm it knows
 //     sets(), shape()                     how many sets there are, and the shape of each
-//     channels(n)                         the channels of set n
+//     get_channels(n, channels)           the channels of set n
 //     get_means(n, channels, dz, dz_xhat) what set_gradients takes of each of them
 //     set_moments(n, mean, m2)            takes the moments of each,
 //     set_sums(n, dz, dz_xhat)            and Σdz and Σdz·x̂
@@ -18,11 +18,12 @@ template <class S, class Norm>
 class Rows {
     using T = typename Element<S>::Compute;
 
-    // What is known of set n while it is worked on: two sums of each column of each chunk, and what its columns need,
-    // which is from `column` on.
+    // What is known of set n while it is worked on: two sums of each column of each chunk, its channels, and what its
+    // columns need, which is from `column` on.
     struct Set {
         index n;
         double *first, *second;
+        Channels channels;
         const Columns<T> &columns;
         index column;
     };
@@ -33,18 +34,21 @@ class Rows {
         Work(const RowLayout &layout, index sets)
             : columns_(layout.columns),
               sums_(layout.chunks * layout.columns),
+              channels_(layout.channels),
               first_(sets * sums_),
               second_(sets * sums_),
+              values_(sets * Channels::values(channels_)),
               all_(sets * columns_) {}
 
         // As number n, the one that is kept at i.
         Set set(index n, index i) const {
-            return {n, first_.get() + i * sums_, second_.get() + i * sums_, all_, i * columns_};
+            const Channels channels(channels_, values_.get() + i * Channels::values(channels_));
+            return {n, first_.get() + i * sums_, second_.get() + i * sums_, channels, all_, i * columns_};
         }
 
       private:
-        index columns_, sums_;
-        Scratch<double> first_, second_;
+        index columns_, sums_, channels_;
+        Scratch<double> first_, second_, values_;
         Columns<T> all_;
     };
 
@@ -58,50 +62,45 @@ class Rows {
         each_set(work, [this](const Set &set) { take_moments(set); });
     }
 
-    template <Activation A>
     void normalize() const {
         const Work work(layout_, norm_.sets());
         each_set(work, [this](const Set &set) { prepare_affine(set); });
-        each_tile_backwards(work, [this](const Set &set, const Tile &tile) { write<A>(set, tile); });
+        each_tile_backwards(work, [this](const Set &set, const Tile &tile) { write(set, tile); });
     }
 
-    template <Activation A>
     void forward() const {
         both_passes([](const Set &) {}, [this](const Set &set, const Tile &tile) { sum_moments(set, tile); },
                     [this](const Set &set) {
                         take_moments(set);
                         prepare_affine(set);
                     },
-                    [this](const Set &set, const Tile &tile) { write<A>(set, tile); });
+                    [this](const Set &set, const Tile &tile) { write(set, tile); });
     }
 
-    template <Activation A>
     void gradient_sums() const {
         const Work work(layout_, norm_.sets());
         each_set(work, [this](const Set &set) { prepare_sums(set); });
-        each_tile(work, [this](const Set &set, const Tile &tile) { sum_gradients<A>(set, tile); });
+        each_tile(work, [this](const Set &set, const Tile &tile) { sum_gradients(set, tile); });
         each_set(work, [this](const Set &set) { take_sums(set); });
     }
 
-    template <Activation A>
     void input_gradient() const {
         const Work work(layout_, norm_.sets());
         each_set(work, [this](const Set &set) {
             prepare_affine(set);
             prepare_gradients(set);
         });
-        each_tile_backwards(work, [this](const Set &set, const Tile &tile) { write_gradient<A>(set, tile); });
+        each_tile_backwards(work, [this](const Set &set, const Tile &tile) { write_gradient(set, tile); });
     }
 
-    template <Activation A>
     void backward() const {
         both_passes([this](const Set &set) { prepare_sums(set); },
-                    [this](const Set &set, const Tile &tile) { sum_gradients<A>(set, tile); },
+                    [this](const Set &set, const Tile &tile) { sum_gradients(set, tile); },
                     [this](const Set &set) {
                         take_sums(set);
                         prepare_gradients(set);
                     },
-                    [this](const Set &set, const Tile &tile) { write_gradient<A>(set, tile); });
+                    [this](const Set &set, const Tile &tile) { write_gradient(set, tile); });
     }
 
   private:
@@ -167,17 +166,14 @@ class Rows {
     void sum_moments(const Set &set, const Tile &tile) const {
         column_moments(at(set, tile).x, block(set, tile), set.first + tile.sums, set.second + tile.sums);
     }
-    template <Activation A>
     void write(const Set &set, const Tile &tile) const {
-        columns_apply<S, A>(at(set, tile), block(set, tile), set.columns, streams_rows<S>(p_));
+        columns_apply(at(set, tile), block(set, tile), set.columns, streams_rows<S>(p_));
     }
-    template <Activation A>
     void sum_gradients(const Set &set, const Tile &tile) const {
-        columns_sums<S, A>(at(set, tile), block(set, tile), set.columns, set.first + tile.sums, set.second + tile.sums);
+        columns_sums(at(set, tile), block(set, tile), set.columns, set.first + tile.sums, set.second + tile.sums);
     }
-    template <Activation A>
     void write_gradient(const Set &set, const Tile &tile) const {
-        columns_gradient<S, A>(at(set, tile), block(set, tile), set.columns, streams_rows<S>(p_));
+        columns_gradient(at(set, tile), block(set, tile), set.columns, streams_rows<S>(p_));
     }
 
     // ---- sets ---------------------------------------------------------------------------------
@@ -215,7 +211,7 @@ class Rows {
             layout_.add_columns(dz.get(), set.first + chunk * layout_.columns);
             layout_.add_columns(dz_xhat.get(), set.second + chunk * layout_.columns);
         }
-        complete_sums<T>(norm_.channels(set.n), dz.get(), dz_xhat.get());
+        complete_sums<T>(set.channels, dz.get(), dz_xhat.get());
         norm_.set_sums(set.n, dz.get(), dz_xhat.get());
     }
 
@@ -228,28 +224,27 @@ class Rows {
         for (; field < end; ++field) layout_.spread(channels.field(field), set.columns.field(field) + set.column);
     }
 
-    // What every column needs to be normalized,
+    // Once its statistics are known: what every column needs to be normalized,
     void prepare_affine(const Set &set) const {
-        const Channels channels = norm_.channels(set.n);
+        norm_.get_channels(set.n, set.channels);
         fill_columns(set, Columns<T>::shift, Columns<T>::unit, [&](const Columns<T> &columns, index first) {
-            set_affine(channels, columns, first);
+            set_affine(set.channels, columns, first);
         });
     }
-    // for its sums of gradients,
+    // or that and what its sums of gradients need,
     void prepare_sums(const Set &set) const {
-        const Channels channels = norm_.channels(set.n);
+        norm_.get_channels(set.n, set.channels);
         fill_columns(set, Columns<T>::shift, Columns<T>::dz_scale, [&](const Columns<T> &columns, index first) {
-            set_affine(channels, columns, first);
-            set_units(channels, columns, first);
+            set_affine(set.channels, columns, first);
+            set_units(set.channels, columns, first);
         });
     }
-    // and, once those are known, for its gradients, besides what normalizes it.
+    // and after either, once those sums are known, what its gradients need.
     void prepare_gradients(const Set &set) const {
-        const Channels channels = norm_.channels(set.n);
         const Scratch<double> dz(layout_.channels), dz_xhat(layout_.channels);
-        norm_.get_means(set.n, channels, dz.get(), dz_xhat.get());
+        norm_.get_means(set.n, set.channels, dz.get(), dz_xhat.get());
         fill_columns(set, Columns<T>::unit, Columns<T>::fields, [&](const Columns<T> &columns, index first) {
-            set_gradients(channels, dz.get(), dz_xhat.get(), columns, first);
+            set_gradients(set.channels, dz.get(), dz_xhat.get(), columns, first);
         });
     }
 

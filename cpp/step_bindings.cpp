@@ -124,7 +124,7 @@ class Step {
 
     // Over no elements every sum is the 0 that it began with, and inv_std that of the variance 0.
     void run(void (*Kernels::*kernel)(const Problem &)) {
-        if (problem_.shape.elements()) (kernels().*kernel)(problem_);
+        if (problem_.shape.elements()) (isa().of(problem_.dtype).*kernel)(problem_);
     }
 
     Problem problem_{};

@@ -47,9 +47,10 @@ struct Results {
 
 class Run {
   public:
-    explicit Run(const Case &of, const Kernels &kernels)
+    Run(const Case &of, const Isa &isa)
         : case_(of),
-          kernels_(kernels),
+          isa_(isa),
+          kernels_(isa.of(of.dtype)),
           x_(of.dtype, of.shape.elements(), of.offset * 7 % 64),
           dy_(of.dtype, of.shape.elements(), of.offset * 11 % 64),
           residual_(of.dtype, of.shape.elements(), of.offset * 13 % 64) {}
@@ -77,12 +78,13 @@ class Run {
 
   private:
     const Case &case_;
+    const Isa &isa_;
     const Kernels &kernels_;
     Memory x_, dy_, residual_;
     Inputs in_;
 
     [[noreturn]] void fail(const char *what, const std::string &why) const {
-        throw std::runtime_error(std::string(kernels_.isa) + ": " + case_.describe() + ": " + what + ": " + why);
+        throw std::runtime_error(std::string(isa_.name) + ": " + case_.describe() + ": " + what + ": " + why);
     }
 
     void check_guards(Results &of) const {
@@ -204,11 +206,11 @@ class Run {
 };
 
 void check(const std::uint8_t *data, std::size_t size) {
-    static const Kernels *const kernels = choose_kernels(std::getenv("FLATWATER_ISA"));
-    if (!kernels) throw std::invalid_argument("FLATWATER_ISA names no instruction set of this machine");
+    static const Isa *const isa = choose_isa(std::getenv("FLATWATER_ISA"));
+    if (!isa) throw std::invalid_argument("FLATWATER_ISA names no instruction set of this machine");
     Choices choices(data, size);
     const Case chosen(choices);
-    Run(chosen, *kernels).check();
+    Run(chosen, *isa).check();
 }
 
 }  // namespace
