@@ -37,7 +37,8 @@ struct Batch {
     static index slab_bytes(const Problem &p) { return p.shape.outer * p.shape.inner * index(sizeof(S)); }
 
     // Whether what a channel writes stays in the second-level cache beside what it reads.
-    static bool outputs_fit(const Problem &p) { return !streams_planes<S>(p) && slab_bytes(p) <= largest_slab; }
+    static bool outputs_fit(const Problem &p) { return flatwater::FLATWATER_ISA::outputs_fit<S>(p, slab_bytes(p)); }
+    static Writing writing(const Problem &p) { return writing_of<S>(p, slab_bytes(p)); }
 
     // Calls body(first, count, ahead) for `count` channels as a task, `ahead` elements before those that come next
     // and are worth asking for (0: none are). There are enough tasks for every thread to have some.
@@ -64,7 +65,7 @@ struct Batch {
         parallel_for(p.shape.channels * blocks, p.shape.elements(), [&](index i) {
             const index c = i / blocks;
             const Affine<T> f(channel_of(p, c, c));
-            pieces_apply(At<S>(p, 0), Blocks<S>(planes(p, c))[i % blocks], &f, streams_planes<S>(p), 0);
+            pieces_apply(At<S>(p, 0), Blocks<S>(planes(p, c))[i % blocks], &f, writing(p), 0);
             finish_streaming();
         });
     }
@@ -85,7 +86,7 @@ struct Batch {
                 set_moments(p, c, all[k]);
                 affine[k] = Affine<T>(channel_of(p, c, c));
             }
-            pieces_apply(at, pieces, affine, streams_planes<S>(p), ahead);
+            pieces_apply(at, pieces, affine, writing(p), ahead);
             finish_streaming();
         });
     }
@@ -120,7 +121,7 @@ struct Batch {
             const index c = i / blocks;
             const Affine<T> f(channel_of(p, c, c));
             const Gradient<T> g = gradient_of(p, c);
-            pieces_gradient(At<S>(p, 0), Blocks<S>(planes(p, c))[i % blocks], &f, &g, streams_planes<S>(p), 0);
+            pieces_gradient(At<S>(p, 0), Blocks<S>(planes(p, c))[i % blocks], &f, &g, writing(p), 0);
             finish_streaming();
         });
     }
@@ -151,7 +152,7 @@ struct Batch {
                 set_sums(p, first + k, all[k]);
                 gradients[k] = gradient_of(p, first + k);
             }
-            pieces_gradient(at, pieces, affine, gradients, streams_planes<S>(p), ahead);
+            pieces_gradient(at, pieces, affine, gradients, writing(p), ahead);
             finish_streaming();
         });
     }

@@ -57,10 +57,11 @@ struct Group {
 
     // ---- planes as pieces: channels-first ------------------------------------------------------
 
+    static index slab_bytes(const Problem &p) { return group_elements(p) * index(sizeof(S)); }
+
     // Whether what a group writes stays in the second-level cache beside what it reads.
-    static bool outputs_fit(const Problem &p) {
-        return !streams_planes<S>(p) && group_elements(p) * index(sizeof(S)) <= largest_slab;
-    }
+    static bool outputs_fit(const Problem &p) { return flatwater::FLATWATER_ISA::outputs_fit<S>(p, slab_bytes(p)); }
+    static Writing writing(const Problem &p) { return writing_of<S>(p, slab_bytes(p)); }
 
     // As many planes as one loop works on.
     static index together(const Problem &p) {
@@ -85,7 +86,7 @@ struct Group {
             each_few(true, [&](index from, const Pieces &planes) {
                 Affine<T> affine[most_together];
                 for (index k = 0; k < planes.channels; ++k) affine[k] = columns_.affine(from + k);
-                pieces_apply(At<S>(p_, 0), planes, affine, streams_planes<S>(p_), ahead);
+                pieces_apply(At<S>(p_, 0), planes, affine, writing(p_), ahead);
             });
         }
 
@@ -120,7 +121,7 @@ struct Group {
                 Gradient<T> gradients[most_together];
                 for (index k = 0; k < planes.channels; ++k)
                     affine[k] = columns_.affine(from + k), gradients[k] = columns_.gradient(from + k);
-                pieces_gradient(At<S>(p_, 0), planes, affine, gradients, streams_planes<S>(p_), ahead);
+                pieces_gradient(At<S>(p_, 0), planes, affine, gradients, writing(p_), ahead);
             });
         }
 
@@ -152,7 +153,7 @@ struct Group {
     // none do). There are enough tasks for every thread to have some.
     template <class Body>
     static void each_few_groups(const Problem &p, const Body &body) {
-        const index groups = all_groups(p), bytes = group_elements(p) * index(sizeof(S));
+        const index groups = all_groups(p), bytes = slab_bytes(p);
         const index most = streams_planes<S>(p) ? bytes_together : bytes_of_groups;  // what is streamed is not in L1
         const index few = larger(1, smaller(most / bytes, groups / 32));
         parallel_for((groups + few - 1) / few, p.shape.elements(), [&](index task) {

@@ -223,6 +223,26 @@ bool streams_planes(const Problem &p) {
     return reaches<S>(plane < long_plane ? machine().stream_short_planes : machine().stream_planes, p);
 }
 
+// How planes are written. Which of it is best depends on whether, of a channel or group, what is written stays in a
+// second-level cache beside what is read (`fits`): then it has been asked for while that was summed.
+enum class Writing {
+    stored,
+    streamed,
+    asked_for,  // while the pieces a little before are being written
+};
+
+template <class S>
+bool outputs_fit(const Problem &p, index slab) {
+    return !streams_planes<S>(p) && slab <= largest_slab;
+}
+
+template <class S>
+Writing writing_of(const Problem &p, index slab) {
+    if (streams_planes<S>(p)) return Writing::streamed;
+    const bool asked_before = outputs_fit<S>(p, slab) || machine().always_ahead;
+    return asked_before || p.shape.inner * index(sizeof(S)) >= long_plane ? Writing::stored : Writing::asked_for;
+}
+
 // Whether loops are compiled for each level of cache that memory may be prefetched into: inside a loop the choice took up
 // to a fifth of its time. Processors that would rather have the second have AVX-512; and float64, which networks hardly
 // have, is not worth two loops.

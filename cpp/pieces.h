@@ -25,20 +25,42 @@ inline void for_level(const Loop &loop) {
     loop.template operator()<false>();
 }
 
+// The same of a loop that writes: loop<writing, second_level>().
+template <class S, class Loop>
+inline void for_writing(Writing writing, const Loop &loop) {
+    if (writing == Writing::asked_for) return loop.template operator()<Writing::asked_for, false>();
+    for_level<S>([&]<bool second_level>() {
+        if (writing == Writing::streamed) return loop.template operator()<Writing::streamed, second_level>();
+        loop.template operator()<Writing::stored, second_level>();
+    });
+}
+
+// How far from a piece the one lies that is written a few pieces after it: those of a sample in turn, and samples
+// backwards.
+inline index to_next_written(const Pieces &pieces) {
+    constexpr index few = 2;
+    return pieces.channels > few ? few * pieces.length : -few * pieces.stride;
+}
+
 // One Affine for each channel; `ahead` is how far from here lies what is worked on after this: 0 if nothing is.
-template <class S, class V, Activation A, bool streaming, bool second_level>
+template <class S, class V, Activation A, Writing writing, bool second_level>
 FLATWATER_ONE_COPY
 void vector_apply(const At<S> &all, const Pieces &pieces, const Affine<typename Element<S>::Compute> *affine,
                   index ahead) {
     const At<S> at = all;  // copies: as far as the compiler knows, what it writes could change those of the caller
     const Ends<S> ends(pieces, at.y);
+    const index to_next = to_next_written(pieces);
+    const auto ask = [=](index i) {
+        if constexpr (writing == Writing::asked_for) return prefetch(at.y + i + to_next, second_level);
+        at.prefetch_inputs(i + ahead, second_level);
+    };
     const auto piece_apply = [&](index n, index c) {
         const auto f = affine[c];
         const index piece = pieces.offset + n * pieces.stride + c * pieces.length;
-        at.prefetch_inputs(piece + pieces.length - 1 + ahead, second_level);  // its line is begun by no vector
-        if constexpr (streaming) ends.prefetch(at.y, n, c);
-        fill_piece<S, V, streaming>(at.y, piece, pieces.length, [=](index i, const auto &put) {
-            at.prefetch_inputs(i + ahead, second_level);
+        ask(piece + pieces.length - 1);  // its line is begun by no vector
+        if constexpr (writing == Writing::streamed) ends.prefetch(at.y, n, c);
+        fill_piece<S, V, writing == Writing::streamed>(at.y, piece, pieces.length, [=](index i, const auto &put) {
+            ask(i);
             V z = (fetch<S, V>(at.x + i) - f.shift) * f.scale + f.offset;
             if (at.residual) z += fetch<S, V>(at.residual + i);
             put(at.y + i, activate<A, V>(z));
@@ -49,15 +71,14 @@ void vector_apply(const At<S> &all, const Pieces &pieces, const Affine<typename 
 }
 
 template <class S>
-void pieces_apply(const At<S> &at, const Pieces &pieces, const Affine<typename Element<S>::Compute> *f, bool streaming,
-                  index ahead) {
+void pieces_apply(const At<S> &at, const Pieces &pieces, const Affine<typename Element<S>::Compute> *f,
+                  Writing writing, index ahead) {
     using E = Element<S>;
     for_activation(at.activation, [&]<Activation A>() {
         if (pieces.length < E::width)
-            return vector_apply<S, typename E::Compute, A, false, false>(at, pieces, f, ahead);
-        for_level<S>([&]<bool second_level>() {
-            if (streaming) return vector_apply<S, typename E::Vector, A, true, second_level>(at, pieces, f, ahead);
-            vector_apply<S, typename E::Vector, A, false, second_level>(at, pieces, f, ahead);
+            return vector_apply<S, typename E::Compute, A, Writing::stored, false>(at, pieces, f, ahead);
+        for_writing<S>(writing, [&]<Writing chosen, bool second_level>() {
+            vector_apply<S, typename E::Vector, A, chosen, second_level>(at, pieces, f, ahead);
         });
     });
 }
@@ -132,23 +153,30 @@ void block_sums(const At<S> &at, const Pieces &block, const Affine<typename Elem
     });
 }
 
-template <class S, class V, Activation A, bool streaming, bool second_level>
+template <class S, class V, Activation A, Writing writing, bool second_level>
 FLATWATER_ONE_COPY
 void vector_gradient(const At<S> &all, const Pieces &pieces, const Affine<typename Element<S>::Compute> *affine,
                      const Gradient<typename Element<S>::Compute> *gradients, index ahead) {
     const At<S> at = all;
     const Ends<S> ends(pieces, at.dx ? at.dx : at.dresidual);
+    constexpr bool streaming = writing == Writing::streamed;
+    const index to_next = to_next_written(pieces);
+    const auto ask = [=](index i) {
+        if constexpr (writing != Writing::asked_for) return at.prefetch_inputs(i + ahead, second_level);
+        if (at.dx) prefetch(at.dx + i + to_next, second_level);
+        if (at.dresidual) prefetch(at.dresidual + i + to_next, second_level);
+    };
     const auto piece_gradient = [&](index n, index c) {
         const auto f = affine[c];
         const auto g = gradients[c];
         const index piece = pieces.offset + n * pieces.stride + c * pieces.length;
-        at.prefetch_inputs(piece + pieces.length - 1 + ahead, second_level);
+        ask(piece + pieces.length - 1);
         if constexpr (streaming) {
             if (at.dx) ends.prefetch(at.dx, n, c);
             if (at.dresidual) ends.prefetch(at.dresidual, n, c);
         }
         const auto gradient = [=](index i, V &shifted) {
-            at.prefetch_inputs(i + ahead, second_level);
+            ask(i);
             return gradient_at<S, V, A>(at, i, f, shifted);
         };
         if (!at.dx) {
@@ -171,17 +199,16 @@ void vector_gradient(const At<S> &all, const Pieces &pieces, const Affine<typena
 
 template <class S>
 void pieces_gradient(const At<S> &at, const Pieces &pieces, const Affine<typename Element<S>::Compute> *f,
-                     const Gradient<typename Element<S>::Compute> *g, bool streaming, index ahead) {
+                     const Gradient<typename Element<S>::Compute> *g, Writing writing, index ahead) {
     using E = Element<S>;
     const bool in_step =
         !at.dx || !at.dresidual || before_multiple(at.dx, line_bytes) == before_multiple(at.dresidual, line_bytes);
+    const Writing how = writing == Writing::streamed && !in_step ? Writing::stored : writing;
     for_gradient(at.activation, [&]<Activation A>() {
         if (pieces.length < E::width)
-            return vector_gradient<S, typename E::Compute, A, false, false>(at, pieces, f, g, ahead);
-        for_level<S>([&]<bool second_level>() {
-            if (streaming && in_step)
-                return vector_gradient<S, typename E::Vector, A, true, second_level>(at, pieces, f, g, ahead);
-            vector_gradient<S, typename E::Vector, A, false, second_level>(at, pieces, f, g, ahead);
+            return vector_gradient<S, typename E::Compute, A, Writing::stored, false>(at, pieces, f, g, ahead);
+        for_writing<S>(how, [&]<Writing chosen, bool second_level>() {
+            vector_gradient<S, typename E::Vector, A, chosen, second_level>(at, pieces, f, g, ahead);
         });
     });
 }

@@ -128,7 +128,8 @@ def test_an_instruction_set_that_is_not_there_is_named() -> None:
 
 # Rows of more columns than a tile of them: so many that its sums leave the first-level cache, and more than that; with
 # one thread, as few rows make more than one chunk. And short planes, which some machines write past the caches, and
-# planes and many rows, which some ask for into another cache.
+# planes and many rows, which some ask for into another cache; and channels and groups that are written
+# without having been asked for as a whole.
 READ_AND_WRITTEN = """
 import hashlib
 from flatwater import kernels
@@ -145,7 +146,7 @@ def add_bits(case):
 
 for dtype in ("float32", "bfloat16", "float64"):
     rows = (3, 1000, 101), (2, 2048, 130), (67, 3001, 2), (5, 4100, 31), (200, 513, 1)
-    planes = (33, 40, 49), (3, 5, 197), (2, 3, 9001)
+    planes = (33, 40, 49), (3, 5, 197), (2, 3, 9001), (1400, 3, 61), (2, 1400, 61)
     for shape in rows + planes:
         last = shape in rows
         for groups in (None, 1, shape[1]):
