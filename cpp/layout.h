@@ -38,7 +38,8 @@ constexpr index bytes_of_groups = 8 << 10;
 // they stay in a second-level cache beside those, and beside the next channels' (Machine).
 constexpr index largest_slab = 128 << 10;
 
-// Planes, in bytes: ones shorter than the first are never streamed, ones shorter than the second are short (Machine).
+// Planes, in bytes: ones shorter than the first are never streamed, ones shorter than the second are short: the processor
+// does not see in time where they begin.
 constexpr index shortest_plane = 4 * line_bytes, long_plane = 4 << 10;
 
 // Memory for a call's own partial results.
@@ -223,14 +224,11 @@ bool streams_planes(const Problem &p) {
     return reaches<S>(plane < long_plane ? machine().stream_short_planes : machine().stream_planes, p);
 }
 
-// How planes are written. Which of it is best depends on whether, of a channel or group, what is written stays in a
-// second-level cache beside what is read (`fits`): then it has been asked for while that was summed.
-enum class Writing {
-    stored,
-    streamed,
-    asked_for,  // while the pieces a little before are being written
-};
+// How planes are written: past the caches, or where they have been asked for while others were being written, or else.
+enum class Writing { streamed, asked_for, stored };
 
+// Whether, of a channel or group with so many bytes, what is written stays in the second-level cache beside what is read:
+// then it is asked for while that is being summed.
 template <class S>
 bool outputs_fit(const Problem &p, index slab) {
     return !streams_planes<S>(p) && slab <= largest_slab;
@@ -239,8 +237,8 @@ bool outputs_fit(const Problem &p, index slab) {
 template <class S>
 Writing writing_of(const Problem &p, index slab) {
     if (streams_planes<S>(p)) return Writing::streamed;
-    const bool asked_before = outputs_fit<S>(p, slab) || machine().always_ahead;
-    return asked_before || p.shape.inner * index(sizeof(S)) >= long_plane ? Writing::stored : Writing::asked_for;
+    const bool is_long = p.shape.inner * index(sizeof(S)) >= long_plane;
+    return outputs_fit<S>(p, slab) || is_long || machine().always_ahead ? Writing::stored : Writing::asked_for;
 }
 
 // Whether loops are compiled for each level of cache that memory may be prefetched into: inside a loop the choice took up
@@ -258,6 +256,7 @@ bool prefetches_second_level(const Problem &p) {
 
 // GCC 12 takes a function that only prefetches for one that does nothing, and drops the calls that it has not inlined.
 #define FLATWATER_HINT [[gnu::always_inline]] inline
+#define FLATWATER_HINT_LAMBDA __attribute__((always_inline))
 
 // Asks for the cache line of p, into the first-level cache or only the second: a hint; p may lie outside every tensor.
 template <class S>

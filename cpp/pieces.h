@@ -25,7 +25,8 @@ inline void for_level(const Loop &loop) {
     loop.template operator()<false>();
 }
 
-// The same of a loop that writes: loop<writing, second_level>().
+// The same of a loop that writes: loop<writing, second_level>(). Processors that ask for what is written would have it in
+// the first level.
 template <class S, class Loop>
 inline void for_writing(Writing writing, const Loop &loop) {
     if (writing == Writing::asked_for) return loop.template operator()<Writing::asked_for, false>();
@@ -35,7 +36,7 @@ inline void for_writing(Writing writing, const Loop &loop) {
     });
 }
 
-// How far from a piece the one lies that is written a few pieces after it: those of a sample in turn, and samples
+// How far from a piece the one lies that is written a few pieces after it: a sample's one after the other, but samples
 // backwards.
 inline index to_next_written(const Pieces &pieces) {
     constexpr index few = 2;
@@ -50,7 +51,7 @@ void vector_apply(const At<S> &all, const Pieces &pieces, const Affine<typename 
     const At<S> at = all;  // copies: as far as the compiler knows, what it writes could change those of the caller
     const Ends<S> ends(pieces, at.y);
     const index to_next = to_next_written(pieces);
-    const auto ask = [=](index i) {
+    const auto ask = [=](index i) FLATWATER_HINT_LAMBDA {
         if constexpr (writing == Writing::asked_for) return prefetch(at.y + i + to_next, second_level);
         at.prefetch_inputs(i + ahead, second_level);
     };
@@ -161,7 +162,7 @@ void vector_gradient(const At<S> &all, const Pieces &pieces, const Affine<typena
     const Ends<S> ends(pieces, at.dx ? at.dx : at.dresidual);
     constexpr bool streaming = writing == Writing::streamed;
     const index to_next = to_next_written(pieces);
-    const auto ask = [=](index i) {
+    const auto ask = [=](index i) FLATWATER_HINT_LAMBDA {
         if constexpr (writing != Writing::asked_for) return at.prefetch_inputs(i + ahead, second_level);
         if (at.dx) prefetch(at.dx + i + to_next, second_level);
         if (at.dresidual) prefetch(at.dresidual + i + to_next, second_level);

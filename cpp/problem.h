@@ -87,7 +87,7 @@ struct Machine {
     bool second_level_planes;
     // The next channels' planes are always asked for while these are being written. Else only where what is written
     // stays in the second-level cache beside what is read: where it does not, what is asked for drives out what is
-    // about to be read again, on some processors the greater loss.
+    // about to be read again, on some processors the greater loss. Those ask for short planes that are to be written.
     bool always_ahead;
 };
 
